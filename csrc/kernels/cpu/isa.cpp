@@ -1,0 +1,51 @@
+// The CPU kernels of one instruction set; compiled once per set with TOPK_ISA naming it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "cpu/table.h"
+#include "params.h"
+
+namespace topk_attn::cpu {
+namespace TOPK_ISA {
+namespace {
+// Everything in here has internal linkage: code compiled for one instruction set must never be merged with
+// another's.
+#include "cpu/simd.inl.h"
+// (order)
+#include "cpu/scores.inl.h"
+// (order)
+#include "cpu/select.inl.h"
+// (order)
+#include "cpu/attend.inl.h"
+// (order)
+#include "cpu/blocks.inl.h"
+// (order)
+#include "cpu/forward.inl.h"
+// (order)
+#include "cpu/backward.inl.h"
+// (order)
+#include "cpu/decode.inl.h"
+}  // namespace
+
+extern const KernelTable kTable;
+const KernelTable kTable = {
+    kVectorBytes / 4,
+    {forward<float>, forward<double>, forward<BFloat16>, forward<Float16>},
+    {backward<float>, backward<double>, backward<BFloat16>, backward<Float16>},
+    {forward_kvcache<float>, forward_kvcache<double>, forward_kvcache<BFloat16>, forward_kvcache<Float16>},
+    {select_scores<float>, nullptr, select_scores<BFloat16>, select_scores<Float16>},
+};
+}  // namespace TOPK_ISA
+}  // namespace topk_attn::cpu

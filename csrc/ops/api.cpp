@@ -1,0 +1,67 @@
+// The public C++ functions of topk_attn.h: thin calls of the registered operators.
+
+#include "checks.h"
+#include "operators.h"
+#include "topk_attn/topk_attn.h"
+
+namespace topk_attn {
+namespace {
+
+OptSymInt symbolic(const std::optional<int64_t>& x) {
+  return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
+}
+
+SelectionArgs selection_of(const Options& o) {
+  return {o.causal, symbolic(o.topk), o.ratio,         SymInt(o.min_keys), symbolic(o.max_keys),
+          o.select, SymInt(o.sink),   SymInt(o.recent)};
+}
+
+}  // namespace
+
+Attention topk_attn_func(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                         const Options& options) {
+  auto r = call_fwd(q, k, v, {}, selection_of(options), options.softmax_scale, options.deterministic, false);
+  return {std::get<0>(r), std::get<1>(r)};
+}
+
+Attention topk_attn_varlen_func(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                                const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
+                                int64_t max_seqlen_q, int64_t max_seqlen_k, const Options& options) {
+  auto r = call_fwd(q, k, v, {cu_seqlens_q, cu_seqlens_k, SymInt(max_seqlen_q), SymInt(max_seqlen_k)},
+                    selection_of(options), options.softmax_scale, options.deterministic, false);
+  return {std::get<0>(r), std::get<1>(r)};
+}
+
+Selected topk_select(const at::Tensor& q, const at::Tensor& k, const Options& options,
+                     const std::optional<Packed>& packed, bool return_indices) {
+  PackedArgs args;
+  if (packed.has_value()) {
+    args = {packed->cu_seqlens_q, packed->cu_seqlens_k, symbolic(packed->max_seqlen_q),
+            symbolic(packed->max_seqlen_k)};
+  }
+  auto r = call_select(q, k, args, selection_of(options), return_indices);
+  return {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
+}
+
+Selected topk_select_scores(const at::Tensor& scores, int64_t topk,
+                            const std::optional<at::Tensor>& lengths) {
+  auto r = call_select_scores(scores, SymInt(topk), lengths);
+  return {std::get<0>(r), std::get<1>(r), std::get<2>(r)};
+}
+
+CacheAttention topk_attn_with_kvcache(const at::Tensor& q, const Cache& cache, const Options& options,
+                                      bool return_indices) {
+  auto r = call_fwd_kvcache(q, cache.k_cache, cache.v_cache, cache.k, cache.v, cache.cache_seqlens,
+                            cache.cache_leftpad, cache.block_table, cache.key_codes, selection_of(options),
+                            options.softmax_scale, return_indices);
+  return {std::get<0>(r), std::get<1>(r), std::get<2>(r), std::get<3>(r), std::get<4>(r), std::get<5>(r)};
+}
+
+int64_t budget(int64_t n, const Options& options) {
+  TORCH_CHECK(n >= 0, "topk_attn: n must be at least 0, got ", n);
+  const SelectionArgs s = selection_of(options);
+  return budget(n,
+                check_settings(s.topk, s.ratio, s.min_keys, s.max_keys, s.select, s.sink, s.recent).budget);
+}
+
+}  // namespace topk_attn

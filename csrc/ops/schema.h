@@ -1,0 +1,49 @@
+// The operator schemas, written once: registered by schema.cpp, implemented per backend by cpu.cpp, meta.cpp,
+// autograd.cpp and autocast.cpp. A change here is a change of every backend.
+#pragma once
+
+// Budget and selection arguments, the same everywhere (contract section 10).
+#define TOPK_ATTN_SELECTION_ARGS                                                                        \
+  "SymInt? topk=None, float? ratio=None, SymInt min_keys=1, SymInt? max_keys=None, str select='head', " \
+  "SymInt sink=0, SymInt recent=0"
+
+#define TOPK_ATTN_PACKED_ARGS                                                                 \
+  "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, SymInt? max_seqlen_q=None, SymInt? " \
+  "max_seqlen_k=None"
+
+namespace topk_attn::schema {
+
+// Dense: q (B,Tq,H,D), k (B,Tk,Hkv,D). Packed (cu_seqlens given): q (total_q,H,D), k (total_k,Hkv,D).
+inline constexpr const char* kSelect =
+    "select(Tensor q, Tensor k, " TOPK_ATTN_PACKED_ARGS ", *, bool causal=True, " TOPK_ATTN_SELECTION_ARGS
+    ", bool return_indices=False) -> (Tensor threshold, Tensor tie_index, Tensor indices)";
+
+// kept_index and kept_prob hold a row's kept keys and their probabilities for the backward, (..., Wmax); a
+// backend may leave them empty, and the backward then recomputes them from the encoding. They are made only
+// if `save_kept`.
+inline constexpr const char* kFwd =
+    "fwd(Tensor q, Tensor k, Tensor v, " TOPK_ATTN_PACKED_ARGS
+    ", *, bool causal=True, " TOPK_ATTN_SELECTION_ARGS
+    ", float? softmax_scale=None, bool deterministic=False, bool save_kept=False) -> (Tensor out, Tensor "
+    "lse, "
+    "Tensor threshold, Tensor tie_index, Tensor kept_index, Tensor kept_prob)";
+
+inline constexpr const char* kBwd =
+    "bwd(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor threshold, "
+    "Tensor tie_index, Tensor kept_index, Tensor kept_prob, " TOPK_ATTN_PACKED_ARGS
+    ", *, bool causal=True, " TOPK_ATTN_SELECTION_ARGS
+    ", float? softmax_scale=None, bool deterministic=False) -> (Tensor dq, Tensor dk, Tensor dv)";
+
+inline constexpr const char* kSelectScores =
+    "select_scores(Tensor scores, SymInt topk, Tensor? lengths=None) -> (Tensor threshold, Tensor tie_index, "
+    "Tensor indices)";
+
+inline constexpr const char* kFwdKvcache =
+    "fwd_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor "
+    "cache_seqlens, "
+    "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? key_codes=None, *, bool "
+    "causal=True, " TOPK_ATTN_SELECTION_ARGS
+    ", float? softmax_scale=None, bool return_indices=False) -> (Tensor out, Tensor lse, Tensor indices, "
+    "Tensor slots, Tensor threshold, Tensor tie_index)";
+
+}  // namespace topk_attn::schema

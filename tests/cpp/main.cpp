@@ -1,0 +1,12 @@
+// Entry point of the C++ test programs. Catch2 2 is headers only and is compiled here once, not in every test
+// file.
+#if __has_include(<catch2/catch_session.hpp>)
+#include <catch2/catch_session.hpp>
+#else
+#define CATCH_CONFIG_RUNNER
+#include <catch2/catch.hpp>
+#endif
+
+int main(int argc, char** argv) {
+  return Catch::Session().run(argc, argv);
+}

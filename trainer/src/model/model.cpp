@@ -1,0 +1,402 @@
+// CausalLM: parameters, the packed forward with its loss, and decoding with a KV cache.
+#include "model/model.h"
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/embedding.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "io/error.h"
+#include "model/functions.h"
+#include "model/layer.h"
+#include "model/weights.h"
+
+namespace topk_sft {
+
+struct CausalLM::Impl {
+  ModelConfig config;
+  at::ScalarType dtype = at::kFloat;
+  at::Device device = at::kCPU;
+  std::vector<std::pair<std::string, at::Tensor>> parameters;
+
+  at::Tensor embedding;  // (vocab, hidden)
+  std::vector<Layer> layers;
+  at::Tensor final_norm;  // (hidden)
+  at::Tensor lm_head;     // (vocab, hidden); the embedding itself when tied
+  at::Tensor inv_freq;    // float32 (head_dim / 2)
+  double rope_scaling = 1.0;
+
+  AttentionSettings attention;
+  std::vector<bool> layer_is_sparse;
+  bool checkpointing = false;
+
+  Impl(const ModelConfig& model_config, const LoadOptions& options);
+  void bind_parameters();
+  at::Tensor embed(const at::Tensor& ids) const {
+    return at::embedding(embedding, ids, config.pad_token_id.value_or(-1));
+  }
+};
+
+namespace {
+
+// A PackedBatch on the model's device, checked; `bounds` is cu_seqlens on the host, filled when asked for.
+struct Packing {
+  at::Tensor ids;
+  at::Tensor positions;
+  at::Tensor cu_seqlens;
+  std::vector<int64_t> bounds;
+};
+
+void check_vector(const at::Tensor& tensor, const char* name, at::ScalarType dtype, int64_t size) {
+  if (!tensor.defined() || tensor.scalar_type() != dtype || tensor.dim() != 1 ||
+      (size >= 0 && tensor.size(0) != size)) {
+    fail("batch: {} must be {} ({}), got {}", name, c10::toString(dtype),
+         size >= 0 ? std::to_string(size) : "T",
+         tensor.defined()
+             ? fmt::format("{} {}", c10::toString(tensor.scalar_type()), shape_string(tensor.sizes().vec()))
+             : "nothing");
+  }
+}
+
+// Values are checked where that costs no synchronisation.
+void check_range(const at::Tensor& tensor, const char* name, int64_t low, int64_t high) {
+  if (!tensor.device().is_cpu() || tensor.numel() == 0) return;
+  const int64_t least = tensor.min().item<int64_t>();
+  const int64_t most = tensor.max().item<int64_t>();
+  if (least < low || most > high) {
+    fail("batch: {} has values from {} to {}: they must lie from {} to {}", name, least, most, low, high);
+  }
+}
+
+std::vector<int64_t> check_bounds(const at::Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
+  const at::Tensor host = cu_seqlens.to(at::kCPU, at::kLong).contiguous();
+  std::vector<int64_t> bounds(host.const_data_ptr<int64_t>(), host.const_data_ptr<int64_t>() + host.numel());
+  const bool rising = std::is_sorted(bounds.begin(), bounds.end());
+  if (bounds.size() < 2 || bounds.front() != 0 || bounds.back() != tokens || !rising) {
+    fail("batch: cu_seqlens must rise from 0 to the number of tokens, {}", tokens);
+  }
+  for (size_t d = 0; d + 1 < bounds.size(); ++d) {
+    if (bounds[d + 1] - bounds[d] > max_seqlen) {
+      fail("batch: max_seqlen is {}, but document {} has {} tokens", max_seqlen, d,
+           bounds[d + 1] - bounds[d]);
+    }
+  }
+  return bounds;
+}
+
+Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device,
+                    bool need_bounds) {
+  check_vector(batch.input_ids, "input_ids", at::kLong, -1);
+  const int64_t tokens = batch.input_ids.size(0);
+  if (tokens == 0) fail("batch: input_ids is empty");
+  check_vector(batch.position_ids, "position_ids", at::kLong, tokens);
+  check_vector(batch.cu_seqlens, "cu_seqlens", at::kInt, -1);
+  check_range(batch.input_ids, "input_ids", 0, config.vocab_size - 1);
+  check_range(batch.position_ids, "position_ids", 0, INT64_MAX);
+  Packing packing{batch.input_ids.to(device), batch.position_ids.to(device), batch.cu_seqlens.to(device), {}};
+  if (need_bounds || batch.cu_seqlens.device().is_cpu()) {
+    packing.bounds = check_bounds(batch.cu_seqlens, tokens, batch.max_seqlen);
+  }
+  return packing;
+}
+
+// Every visible key kept: dense attention through the top-k operator.
+topk_attn::Options keep_all() {
+  topk_attn::Options options;
+  options.ratio = 1.0;
+  return options;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------
+// Parameters
+// ---------------------------------------------------------------------------------------------------------------
+
+CausalLM::Impl::Impl(const ModelConfig& model_config, const LoadOptions& options)
+    : config(model_config),
+      dtype(options.dtype),
+      device(options.device),
+      layer_is_sparse(config.num_layers, false) {
+  if (dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kDouble) {
+    fail("the model's dtype must be float32, bfloat16 or float64, got {}", c10::toString(dtype));
+  }
+  RopeFrequencies rope = rope_frequencies(config.rope, config.head_dim);
+  const auto count = static_cast<int64_t>(rope.inv_freq.size());
+  inv_freq = at::from_blob(rope.inv_freq.data(), {count}, at::kFloat).clone().to(device);
+  rope_scaling = rope.attention_scaling;
+}
+
+void CausalLM::Impl::bind_parameters() {
+  size_t next = 0;
+  const auto take = [&]() -> at::Tensor {
+    at::Tensor& tensor = parameters.at(next++).second;
+    tensor.set_requires_grad(true);
+    return tensor;
+  };
+  const auto linear = [&](bool bias) {
+    Linear map;
+    map.weight = take();
+    if (bias) map.bias = take();
+    return map;
+  };
+  // The order of parameter_specs().
+  embedding = take();
+  layers.resize(static_cast<size_t>(config.num_layers));
+  for (Layer& layer : layers) {
+    layer.input_norm = take();
+    layer.q = linear(config.qkv_bias);
+    layer.k = linear(config.qkv_bias);
+    layer.v = linear(config.qkv_bias);
+    layer.o = linear(config.o_bias);
+    if (config.qk_norm) {
+      layer.q_norm = take();
+      layer.k_norm = take();
+    }
+    layer.post_norm = take();
+    layer.gate = linear(config.mlp_bias);
+    layer.up = linear(config.mlp_bias);
+    layer.down = linear(config.mlp_bias);
+  }
+  final_norm = take();
+  lm_head = config.tie_embeddings ? embedding : take();
+}
+
+std::unique_ptr<CausalLM> CausalLM::load(const std::string& hf_dir, const LoadOptions& options) {
+  auto impl = std::make_unique<Impl>(read_model_config(hf_dir), options);
+  const SafetensorsFolder folder(hf_dir);
+  const std::vector<ParameterSpec> specs = parameter_specs(impl->config);
+  check_names(folder, specs, impl->config, hf_dir);
+  for (const ParameterSpec& spec : specs) {
+    impl->parameters.emplace_back(spec.name, read_parameter(folder, spec, options.dtype, options.device));
+  }
+  impl->bind_parameters();
+  return std::unique_ptr<CausalLM>(new CausalLM(std::move(impl)));
+}
+
+std::unique_ptr<CausalLM> CausalLM::create(const ModelConfig& config, const LoadOptions& options,
+                                           uint64_t seed) {
+  auto impl = std::make_unique<Impl>(config, options);
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  for (const ParameterSpec& spec : parameter_specs(config)) {
+    impl->parameters.emplace_back(spec.name,
+                                  draw_parameter(spec, config, generator).to(options.device, options.dtype));
+  }
+  impl->bind_parameters();
+  return std::unique_ptr<CausalLM>(new CausalLM(std::move(impl)));
+}
+
+CausalLM::CausalLM(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+CausalLM::~CausalLM() = default;
+
+const ModelConfig& CausalLM::config() const {
+  return impl_->config;
+}
+at::ScalarType CausalLM::dtype() const {
+  return impl_->dtype;
+}
+at::Device CausalLM::device() const {
+  return impl_->device;
+}
+const AttentionSettings& CausalLM::attention() const {
+  return impl_->attention;
+}
+void CausalLM::set_activation_checkpointing(bool enabled) {
+  impl_->checkpointing = enabled;
+}
+std::vector<std::pair<std::string, at::Tensor>> CausalLM::named_parameters() const {
+  return impl_->parameters;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Attention settings
+// ---------------------------------------------------------------------------------------------------------------
+
+AttentionSettings attention_settings(const std::optional<SparsityConfig>& sparsity) {
+  AttentionSettings settings;
+  if (!sparsity) return settings;
+  settings.topk = true;
+  settings.options.topk = sparsity->topk;
+  settings.options.ratio = sparsity->ratio;
+  settings.options.min_keys = sparsity->min_keys;
+  settings.options.max_keys = sparsity->max_keys;
+  settings.options.select = sparsity->select;
+  settings.options.sink = sparsity->sink;
+  settings.options.recent = sparsity->recent;
+  settings.options.deterministic = sparsity->deterministic;
+  settings.dense_layers = sparsity->dense_layers;
+  settings.prefill_dense = sparsity->prefill_dense;
+  return settings;
+}
+
+std::optional<SparsityConfig> sparsity_config(const AttentionSettings& settings) {
+  if (!settings.topk) return std::nullopt;
+  SparsityConfig sparsity;
+  sparsity.topk = settings.options.topk;
+  sparsity.ratio = settings.options.ratio;
+  sparsity.min_keys = settings.options.min_keys;
+  sparsity.max_keys = settings.options.max_keys;
+  sparsity.select = settings.options.select;
+  sparsity.sink = settings.options.sink;
+  sparsity.recent = settings.options.recent;
+  sparsity.deterministic = settings.options.deterministic;
+  sparsity.dense_layers = settings.dense_layers;
+  sparsity.prefill_dense = settings.prefill_dense;
+  return sparsity;
+}
+
+void CausalLM::set_attention(const AttentionSettings& settings) {
+  const ModelConfig& config = impl_->config;
+  std::vector<bool> sparse(static_cast<size_t>(config.num_layers), settings.topk);
+  if (settings.topk) {
+    check_sparsity(*sparsity_config(settings), config.num_layers, "attention");
+    if (!settings.options.causal) fail("attention: causal must be true in a causal language model");
+    if (settings.options.softmax_scale) {
+      fail("attention: softmax_scale must not be given, the model fixes it to 1 / sqrt(head_dim)");
+    }
+    if (config.head_dim % 8 != 0 || config.head_dim > 256) {
+      fail(
+          "attention: top-k attention needs a head_dim that is a multiple of 8 and at most 256, the model "
+          "has {}",
+          config.head_dim);
+    }
+    for (const int64_t layer : settings.dense_layers) sparse[static_cast<size_t>(layer)] = false;
+  }
+  impl_->attention = settings;
+  impl_->layer_is_sparse = std::move(sparse);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Packed forward
+// ---------------------------------------------------------------------------------------------------------------
+
+at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
+  const Impl& m = *impl_;
+  if (m.attention.topk && m.attention.prefill_dense) {
+    fail("attention: prefill \"dense\" is a decoding mode; the packed forward needs prefill \"topk\"");
+  }
+  const bool any_dense = std::count(m.layer_is_sparse.begin(), m.layer_is_sparse.end(), false) > 0;
+  // Shared with the checkpointed layers, which run again in the backward, after this function returned.
+  const auto packing = std::make_shared<const Packing>(check_batch(batch, m.config, m.device, any_dense));
+  const auto rope =
+      std::make_shared<const RopeTable>(rope_table(packing->positions, m.inv_freq, m.rope_scaling, m.dtype));
+
+  at::Tensor x = m.embed(packing->ids);
+  for (size_t i = 0; i < m.layers.size(); ++i) {
+    const Layer& layer = m.layers[i];
+    Attend attend;
+    if (m.layer_is_sparse[i]) {
+      attend = [packing, max_seqlen = batch.max_seqlen, options = m.attention.options](
+                   const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+        return topk_attn::topk_attn_varlen_func(q, k, v, packing->cu_seqlens, packing->cu_seqlens, max_seqlen,
+                                                max_seqlen, options)
+            .out;
+      };
+    } else {
+      attend = [packing](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+        return dense_attention(q, k, v, packing->bounds);
+      };
+    }
+    const auto run = [config = &m.config, layer, rope, attend](const at::Tensor& input) {
+      return layer_forward(*config, layer, input, *rope, attend);
+    };
+    x = m.checkpointing ? checkpoint(run, x, layer.parameters()) : run(x);
+  }
+  return rms_norm(x, m.final_norm, m.config.rms_norm_eps);
+}
+
+at::Tensor CausalLM::logits(const at::Tensor& hidden) const {
+  return at::linear(hidden, impl_->lm_head);
+}
+
+at::Tensor CausalLM::loss_sum(const PackedBatch& batch) const {
+  const Impl& m = *impl_;
+  check_vector(batch.input_ids, "input_ids", at::kLong, -1);
+  check_vector(batch.labels, "labels", at::kLong, batch.input_ids.size(0));
+  const at::Tensor kept = batch.labels.ne(kIgnoreLabel).nonzero().squeeze(1);
+  const at::Tensor labels = batch.labels.index_select(0, kept);
+  check_range(labels, "labels", 0, m.config.vocab_size - 1);
+  const at::Tensor hidden = hidden_states(batch);
+  // Only the tokens with a loss reach the vocabulary.
+  return linear_cross_entropy_sum(hidden.index_select(0, kept.to(m.device)), m.lm_head, labels.to(m.device));
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Decoding
+// ---------------------------------------------------------------------------------------------------------------
+
+KvState CausalLM::make_kv_state(int64_t batch, int64_t capacity) const {
+  const Impl& m = *impl_;
+  if (batch < 1 || capacity < 1)
+    fail("kv cache: batch and capacity must be at least 1, got {} and {}", batch, capacity);
+  if (m.config.head_dim % 8 != 0 || m.config.head_dim > 256) {
+    fail("kv cache: decoding needs a head_dim that is a multiple of 8 and at most 256, the model has {}",
+         m.config.head_dim);
+  }
+  KvState state;
+  const at::TensorOptions options = at::TensorOptions().dtype(m.dtype).device(m.device);
+  for (int64_t i = 0; i < m.config.num_layers; ++i) {
+    state.k.push_back(at::zeros({batch, capacity, m.config.num_kv_heads, m.config.head_dim}, options));
+    state.v.push_back(at::zeros({batch, capacity, m.config.num_kv_heads, m.config.head_dim}, options));
+  }
+  state.cache_seqlens = at::zeros({batch}, options.dtype(at::kInt));
+  state.prefill_dense = m.attention.prefill_dense;
+  return state;
+}
+
+at::Tensor CausalLM::decode(const at::Tensor& input_ids, KvState& state) const {
+  const Impl& m = *impl_;
+  const at::NoGradGuard no_grad;
+  if (state.k.size() != m.layers.size() || state.v.size() != m.layers.size() ||
+      !state.cache_seqlens.defined()) {
+    fail("decode: the cache was not made by make_kv_state of a model with {} layers", m.layers.size());
+  }
+  const int64_t batch = state.cache_seqlens.size(0);
+  if (input_ids.scalar_type() != at::kLong || input_ids.dim() != 2 || input_ids.size(0) != batch ||
+      input_ids.size(1) < 1) {
+    fail("decode: input_ids must be int64 ({}, Tnew) with Tnew >= 1, got {} {}", batch,
+         c10::toString(input_ids.scalar_type()), shape_string(input_ids.sizes().vec()));
+  }
+  check_range(input_ids, "input_ids", 0, m.config.vocab_size - 1);
+  const int64_t fresh = input_ids.size(1);
+  const int64_t capacity = state.k.at(0).size(1);
+  if (m.device.is_cpu()) {
+    const int64_t longest = state.cache_seqlens.max().item<int64_t>();
+    if (longest + fresh > capacity) {
+      fail("decode: the cache holds {} tokens of at most {}; {} more do not fit", longest, capacity, fresh);
+    }
+  }
+
+  at::Tensor positions = state.cache_seqlens.to(at::kLong).unsqueeze(1) +
+                         at::arange(fresh, at::TensorOptions().dtype(at::kLong).device(m.device));
+  if (state.leftpad) positions = (positions - state.leftpad->to(at::kLong).unsqueeze(1)).clamp_min(0);
+  const RopeTable rope = rope_table(positions, m.inv_freq, m.rope_scaling, m.dtype);
+  const bool dense_call = state.prefill_dense && fresh > 1;
+
+  at::Tensor x = m.embed(input_ids.to(m.device));
+  for (size_t i = 0; i < m.layers.size(); ++i) {
+    const topk_attn::Options options = m.layer_is_sparse[i] && !dense_call ? m.attention.options : keep_all();
+    const Attend attend = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+      topk_attn::Cache cache;
+      cache.k_cache = state.k[i];
+      cache.v_cache = state.v[i];
+      cache.k = k;
+      cache.v = v;
+      cache.cache_seqlens = state.cache_seqlens;
+      cache.cache_leftpad = state.leftpad;
+      return topk_attn::topk_attn_with_kvcache(q, cache, options).out;
+    };
+    x = layer_forward(m.config, m.layers[i], x, rope, attend);
+  }
+  state.cache_seqlens += fresh;
+  return logits(rms_norm(x.select(1, fresh - 1), m.final_norm, m.config.rms_norm_eps));
+}
+
+}  // namespace topk_sft

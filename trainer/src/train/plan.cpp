@@ -1,0 +1,267 @@
+#include "train/plan.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+
+#include "io/error.h"
+#include "io/sha256.h"
+#include "recipe/keys.h"
+#include "topk_attn/contract.h"
+#include "train/console.h"
+
+namespace topk_sft {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+std::optional<SparsityConfig> recipe_sparsity(const Recipe& recipe, int64_t num_layers) {
+  const AttentionSection& a = recipe.attention;
+  if (!a.topk && !a.ratio) return std::nullopt;
+  SparsityConfig s;
+  s.topk = a.topk;
+  s.ratio = a.ratio;
+  s.min_keys = a.min_keys;
+  s.max_keys = a.max_keys;
+  s.select = a.select;
+  s.sink = a.sink;
+  s.recent = a.recent;
+  s.dense_layers = a.dense_layers;
+  std::sort(s.dense_layers.begin(), s.dense_layers.end());
+  check_sparsity(s, num_layers, "section attention");
+  return s;
+}
+
+int64_t kept_keys(const SparsityConfig& s, int64_t n) {
+  topk_attn::Budget budget;
+  budget.topk = s.topk.value_or(0);
+  budget.ratio = s.ratio.value_or(0.0);
+  budget.min_keys = s.min_keys;
+  budget.max_keys = s.max_keys.value_or(topk_attn::kNoLimit);
+  return topk_attn::budget(n, budget);
+}
+
+// Tokens of the largest micro-batch that the training data can give.
+int64_t largest_batch(const RunPlan& plan) {
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < plan.train.bins.size(); ++i)
+    sizes.push_back(plan.train.tokens({static_cast<int64_t>(i)}));
+  std::sort(sizes.rbegin(), sizes.rend());
+  sizes.resize(std::min(sizes.size(), static_cast<size_t>(plan.recipe.train.micro_batch_size)));
+  int64_t sum = 0;
+  for (const int64_t size : sizes) sum += size;
+  return sum;
+}
+
+std::string describe_data(const char* name, const TokenDataset& data, const PackedDataset& packed,
+                          int64_t sequence_len) {
+  const PiecePlan& p = packed.plan;
+  const double room = static_cast<double>(packed.bins.size()) * static_cast<double>(sequence_len);
+  std::string out = fmt::format(
+      "  {:<10} {} documents, {} tokens, {} of them targets, in {} sequences ({:.1f} % full)\n", name,
+      count_text(data.num_documents()), count_text(p.tokens), count_text(p.targets),
+      count_text(packed.bins.size()), room > 0 ? 100 * static_cast<double>(p.tokens) / room : 0.0);
+  const auto add = [&](const std::string& text) { out += fmt::format("  {:<10} {}\n", "", text); };
+  if (p.documents_without_target > 0) {
+    add(fmt::format("{} documents left out: no token in them carries loss",
+                    count_text(p.documents_without_target)));
+  }
+  if (p.documents_cut > 0) {
+    add(p.tokens_truncated > 0
+            ? fmt::format("{} documents cut to {} tokens: {} tokens dropped", count_text(p.documents_cut),
+                          sequence_len, count_text(p.tokens_truncated))
+            : fmt::format("{} documents split into pieces of up to {} tokens", count_text(p.documents_cut),
+                          sequence_len));
+  }
+  if (p.pieces_without_target > 0) {
+    add(fmt::format("{} pieces of them left out: no token in them carries loss",
+                    count_text(p.pieces_without_target)));
+  }
+  return out;
+}
+
+std::string describe_attention(const RunPlan& plan) {
+  const Recipe& r = plan.recipe;
+  if (!r.uses_topk()) return "dense";
+  const SparsityConfig& s = *plan.sparsity;
+  std::string out =
+      s.topk ? fmt::format("exact top-k, topk {}", *s.topk) : fmt::format("exact top-k, ratio {}", *s.ratio);
+  out += fmt::format(", min_keys {}", s.min_keys);
+  if (s.max_keys) out += fmt::format(", max_keys {}", *s.max_keys);
+  out += fmt::format(", per {}", s.select == "head" ? "head" : "KV group");
+  if (s.sink > 0) out += fmt::format(", sink {}", s.sink);
+  if (s.recent > 0) out += fmt::format(", recent {}", s.recent);
+  if (!s.dense_layers.empty()) out += fmt::format("; layers {} dense", fmt::join(s.dense_layers, ", "));
+  out += "; keeps";
+  for (int64_t n = 64; n < r.data.sequence_len; n *= 8) out += fmt::format(" {} of {},", kept_keys(s, n), n);
+  out += fmt::format(" {} of {} keys", kept_keys(s, r.data.sequence_len), r.data.sequence_len);
+  return r.attention.mode == "topk" ? out : "dense; evaluation also under " + out;
+}
+
+std::string describe_memory(const RunPlan& plan) {
+  const Recipe& r = plan.recipe;
+  const int64_t tokens = largest_batch(plan);
+  const int64_t kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
+  const bool bfloat16 = r.model.dtype == "bfloat16";
+  const MemoryEstimate m =
+      estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing);
+  std::string out = fmt::format("about {}: weights {}", bytes_text(m.total()), bytes_text(m.weights));
+  if (bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
+  return out + fmt::format(
+                   ", gradients {}, moments {}, activations {} (micro-batches of up to {} tokens), logits {}",
+                   bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.activations),
+                   count_text(tokens), bytes_text(m.logits));
+}
+
+std::string describe_schedule(const RunPlan& plan) {
+  const Schedule& s = plan.schedule;
+  std::string out = fmt::format("{}, peak {:g}, {} steps of warm-up", s.kind, s.peak, s.warmup_steps);
+  if (s.kind == "wsd") out += fmt::format(", {} steps of {} decay", s.decay_steps, s.decay_shape);
+  out += "; rate";
+  int64_t last = -1;
+  for (const int64_t step : {int64_t{0}, s.warmup_steps, s.total_steps / 2, s.total_steps - 1}) {
+    if (step <= last || step >= s.total_steps) continue;
+    out += fmt::format("{} {:.3g} at step {}", last < 0 ? "" : ",", s.learning_rate(step), step + 1);
+    last = step;
+  }
+  return out;
+}
+
+}  // namespace
+
+Sampler RunPlan::make_sampler() const {
+  return Sampler(static_cast<int64_t>(train.bins.size()), recipe.train.micro_batch_size,
+                 recipe.train.gradient_accumulation_steps, recipe.data.shuffle,
+                 static_cast<uint64_t>(recipe.train.seed));
+}
+
+std::optional<SparsityConfig> RunPlan::sparsity_of(const std::string& mode) const {
+  return mode == "topk" ? sparsity : std::nullopt;
+}
+
+Json RunPlan::identity() const {
+  Json out = Json::object();
+  const ModelConfig& c = config;
+  out["model"] = fmt::format(
+      "{}: {} layers, hidden {}, mlp {}, {} heads, {} KV heads, head dim {}, vocabulary {}, {}",
+      family_name(c.family), c.num_layers, c.hidden_size, c.intermediate_size, c.num_heads, c.num_kv_heads,
+      c.head_dim, c.vocab_size, c.tie_embeddings ? "tied embeddings" : "untied embeddings");
+  out["tokenizer_sha256"] = tokenizer_sha256;
+  out["training data"] = fmt::format("{} documents, {} tokens, fingerprint {}", train_data.num_documents(),
+                                     train_data.num_tokens(), train_data.fingerprint());
+  for (const Key& key : recipe_keys()) {
+    if (key.on_resume == OnResume::kMustMatch) out[key.full_name()] = value_text(key, recipe);
+  }
+  return out;
+}
+
+RunPlan make_plan(const Recipe& recipe) {
+  RunPlan plan;
+  plan.recipe = recipe;
+  const std::string& folder = recipe.model.base_model;
+  if (!fs::is_directory(folder)) fail("model.base_model: {} is not a folder", folder);
+  plan.config = read_model_config(folder);
+  plan.sparsity = recipe_sparsity(recipe, plan.config.num_layers);
+  plan.tokenizer_path = (fs::path(folder) / "tokenizer.json").string();
+  plan.tokenizer_sha256 = sha256_file(plan.tokenizer_path);
+  const ShardRequirements requirements{plan.tokenizer_path, plan.tokenizer_sha256, plan.config.vocab_size};
+
+  const DataSection& d = recipe.data;
+  std::vector<std::string> train_files = d.train_files;
+  std::vector<std::string> eval_files = d.eval_files;
+  if (!d.dataset_prepared_path.empty()) {
+    train_files = find_shards(d.dataset_prepared_path, d.train_split);
+    eval_files = find_shards(d.dataset_prepared_path, d.eval_split);
+    if (train_files.empty()) {
+      fail("data.dataset_prepared_path: {} holds no token shard of the split '{}'", d.dataset_prepared_path,
+           d.train_split);
+    }
+  }
+  plan.train_data = TokenDataset(train_files, requirements);
+  plan.eval_data = TokenDataset(eval_files, requirements);
+  const bool split = d.overflow == "split";
+  plan.train = pack_dataset(plan.train_data, d.sequence_len, split, d.sample_packing);
+  plan.eval = pack_dataset(plan.eval_data, d.sequence_len, split, d.sample_packing);
+  if (recipe.train.eval_steps > 0 && plan.eval.bins.empty()) {
+    fail("train.eval_steps is {}, but there is no held-out data: {}", recipe.train.eval_steps,
+         d.dataset_prepared_path.empty() ? std::string("data.eval_files is empty")
+                                         : fmt::format("{} holds no document with a target in split '{}'",
+                                                       d.dataset_prepared_path, d.eval_split));
+  }
+  if (plan.config.max_position > 0 && plan.train.plan.longest > plan.config.max_position) {
+    plan.notes.push_back(
+        fmt::format("documents of up to {} tokens are longer than the model's max_position_embeddings, {}",
+                    plan.train.plan.longest, plan.config.max_position));
+  }
+
+  const Sampler sampler = plan.make_sampler();  // an Error if there is nothing to train on
+  plan.steps_per_epoch = sampler.steps_per_epoch();
+  const double steps = recipe.train.num_epochs * static_cast<double>(plan.steps_per_epoch);
+  if (!recipe.train.max_steps && steps > 1e15)
+    fail("train.num_epochs is {}: too many steps", recipe.train.num_epochs);
+  plan.total_steps = recipe.train.max_steps
+                         ? *recipe.train.max_steps
+                         : std::max<int64_t>(1, static_cast<int64_t>(std::ceil(steps - 1e-9)));
+  plan.schedule = make_schedule(recipe.optim, plan.total_steps);
+  if (plan.schedule.warmup_steps >= plan.total_steps) {
+    plan.notes.push_back(
+        fmt::format("the warm-up takes {} steps and the run has {}: the peak learning rate is never "
+                    "reached",
+                    plan.schedule.warmup_steps, plan.total_steps));
+  }
+  return plan;
+}
+
+StepPlan eval_batches(const RunPlan& plan) {
+  StepPlan batches;
+  const auto total = static_cast<int64_t>(plan.eval.bins.size());
+  for (int64_t begin = 0; begin < total; begin += plan.recipe.train.micro_batch_size) {
+    if (plan.recipe.train.max_eval_batches &&
+        static_cast<int64_t>(batches.size()) == *plan.recipe.train.max_eval_batches) {
+      break;
+    }
+    std::vector<int64_t> batch;
+    for (int64_t i = begin; i < std::min(total, begin + plan.recipe.train.micro_batch_size); ++i)
+      batch.push_back(i);
+    batches.push_back(std::move(batch));
+  }
+  return batches;
+}
+
+std::string describe_plan(const RunPlan& plan) {
+  const Recipe& r = plan.recipe;
+  const ModelConfig& c = plan.config;
+  std::string out;
+  const auto add = [&](const char* name, const std::string& text) {
+    out += fmt::format("  {:<10} {}\n", name, text);
+  };
+  add("model",
+      fmt::format("{}: {}, {} layers, {} parameters, {} on {}", r.model.base_model, family_name(c.family),
+                  c.num_layers, count_text(parameter_count(c)), r.model.dtype, r.model.device));
+  add("attention", describe_attention(plan));
+  out += describe_data("train", plan.train_data, plan.train, r.data.sequence_len);
+  if (plan.eval_data.num_documents() > 0) {
+    out += describe_data("held out", plan.eval_data, plan.eval, r.data.sequence_len);
+  } else {
+    add("held out", "none");
+  }
+  add("steps",
+      fmt::format("{} ({:.2f} epochs of {}); {} x {} sequences of up to {} tokens each", plan.total_steps,
+                  static_cast<double>(plan.total_steps) / static_cast<double>(plan.steps_per_epoch),
+                  plan.steps_per_epoch, r.train.gradient_accumulation_steps, r.train.micro_batch_size,
+                  r.data.sequence_len));
+  add("optimizer",
+      fmt::format("AdamW, betas {:g} and {:g}, epsilon {:g}, weight decay {:g}, clipped at {}",
+                  r.optim.adam_beta1, r.optim.adam_beta2, r.optim.adam_epsilon, r.optim.weight_decay,
+                  r.optim.max_grad_norm > 0 ? fmt::format("{:g}", r.optim.max_grad_norm) : "nothing"));
+  add("schedule", describe_schedule(plan));
+  add("memory", describe_memory(plan));
+  add("output", r.checkpoint.output_dir);
+  return out;
+}
+
+}  // namespace topk_sft

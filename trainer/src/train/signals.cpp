@@ -1,0 +1,40 @@
+#include "train/signals.h"
+
+#include <unistd.h>
+
+#include <csignal>
+
+namespace topk_sft {
+
+namespace {
+
+volatile std::sig_atomic_t g_signal = 0;
+
+extern "C" void on_stop_signal(int signal) {
+  if (g_signal != 0) _exit(128 + signal);
+  g_signal = signal;
+  constexpr char kText[] = "\ntopk-sft: stopping: saving a checkpoint; a second signal exits at once\n";
+  [[maybe_unused]] const auto written = write(STDERR_FILENO, kText, sizeof kText - 1);
+}
+
+}  // namespace
+
+void install_signal_handlers() {
+  struct sigaction action = {};
+  action.sa_handler = on_stop_signal;
+  action.sa_flags = SA_RESTART;
+  sigaction(SIGTERM, &action, nullptr);
+  sigaction(SIGINT, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
+}
+
+int stop_signal() {
+  return g_signal;
+}
+
+const char* signal_name(int signal) {
+  return signal == SIGINT ? "SIGINT" : "SIGTERM";
+}
+
+}  // namespace topk_sft

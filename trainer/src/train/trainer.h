@@ -1,0 +1,20 @@
+// The training loop.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "train/plan.h"
+
+namespace topk_sft {
+
+// Trains as planned: from the start, or from the checkpoint of recipe.checkpoint.resume_from_checkpoint.
+// Returns when the run is complete, or when a signal stopped it and it was saved. Throws Error when it cannot
+// go on; what was saved before stays.
+void run_training(const RunPlan& plan, const std::vector<std::string>& notes);
+
+// Prints the plan, the memory estimate and the first micro-batch that training would see, token by token with
+// its loss mask. Computes and writes nothing.
+void print_dry_run(const RunPlan& plan, const std::vector<std::string>& notes);
+
+}  // namespace topk_sft

@@ -1,0 +1,115 @@
+// Runs a model on given tokens and writes what came out, for comparison with other implementations.
+//
+//   topk-model-probe MODEL_DIR INPUT.safetensors OUTPUT.safetensors [key=value ...]
+//
+// INPUT: input_ids, position_ids, labels int64 (T), cu_seqlens int32 (docs + 1)
+//        -> loss, logits (T, V), hidden (T, N), grad.<parameter> of loss_sum
+//        decode_ids int64 (B, T), optional leftpad int32 (B)
+//        -> decode_logits (T - prefill + 1, B, V): after a first call with `prefill` tokens, then one by one
+// keys:  dtype=float32|bfloat16|float64   attention=dense|own|{JSON block}   checkpointing=0|1   prefill=N
+//        capacity=N (of the cache; default T)   export=DIR   max_shard_bytes=N
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/stack.h>
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <map>
+
+#include "io/error.h"
+#include "io/json.h"
+#include "model/export_hf.h"
+#include "model/model.h"
+#include "model/tensor_io.h"
+
+namespace {
+using namespace topk_sft;
+
+at::ScalarType parse_dtype(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float64") return at::kDouble;
+  fail("dtype is {}: it must be float32, bfloat16 or float64", name);
+}
+
+AttentionSettings parse_attention(const std::string& value, const ModelConfig& config) {
+  if (value == "dense") return {};
+  if (value == "own") return attention_settings(own_sparsity(config, "config.json"));
+  return attention_settings(
+      sparsity_from_json(parse_json(value, "attention"), config.num_layers, "attention"));
+}
+
+void run(const std::string& model_dir, const std::string& input, const std::string& output,
+         std::map<std::string, std::string> options) {
+  LoadOptions load;
+  load.dtype = parse_dtype(options.contains("dtype") ? options["dtype"] : "float32");
+  const auto model = CausalLM::load(model_dir, load);
+  model->set_attention(
+      parse_attention(options.contains("attention") ? options["attention"] : "dense", model->config()));
+  model->set_activation_checkpointing(options["checkpointing"] == "1");
+  if (options.contains("export")) {
+    const int64_t shard =
+        options.contains("max_shard_bytes") ? std::stoll(options["max_shard_bytes"]) : kMaxShardBytes;
+    export_hf(*model, model_dir, options["export"], model->attention(), /*replace=*/false, shard);
+  }
+
+  const SafetensorsFile file(input);
+  const auto tensor = [&](const char* name) { return read_tensor(file, file.at(name)); };
+  std::vector<std::pair<std::string, at::Tensor>> results;
+  if (file.find("input_ids") != nullptr) {
+    PackedBatch batch{tensor("input_ids"), tensor("position_ids"), tensor("labels"), tensor("cu_seqlens"), 0};
+    const at::Tensor lengths = batch.cu_seqlens.diff();
+    batch.max_seqlen = lengths.max().item<int64_t>();
+    const at::Tensor loss = model->loss_sum(batch);
+    loss.backward();
+    results.emplace_back("loss", loss.detach());
+    for (const auto& [name, parameter] : model->named_parameters()) {
+      if (!parameter.grad().defined()) fail("{} got no gradient", name);
+      results.emplace_back("grad." + name, parameter.grad());
+    }
+    const at::NoGradGuard no_grad;
+    const at::Tensor hidden = model->hidden_states(batch);
+    results.emplace_back("hidden", hidden);
+    results.emplace_back("logits", model->logits(hidden));
+    results.emplace_back("loss_without_grad", model->loss_sum(batch));
+  }
+  if (file.find("decode_ids") != nullptr) {
+    const at::Tensor ids = tensor("decode_ids");
+    const int64_t prefill = options.contains("prefill") ? std::stoll(options["prefill"]) : 1;
+    const int64_t capacity = options.contains("capacity") ? std::stoll(options["capacity"]) : ids.size(1);
+    KvState state = model->make_kv_state(ids.size(0), capacity);
+    if (file.find("leftpad") != nullptr) state.leftpad = tensor("leftpad");
+    std::vector<at::Tensor> logits = {model->decode(ids.narrow(1, 0, prefill), state)};
+    for (int64_t t = prefill; t < ids.size(1); ++t)
+      logits.push_back(model->decode(ids.narrow(1, t, 1), state));
+    results.emplace_back("decode_logits", at::stack(logits));
+  }
+
+  SafetensorsWriter writer(output);
+  for (const auto& [name, value] : results) declare_tensor(writer, name, value);
+  for (const auto& [name, value] : results) write_tensor(writer, name, value);
+  writer.commit();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::map<std::string, std::string> options;
+  for (int i = 4; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const size_t equals = argument.find('=');
+    if (equals == std::string::npos) argc = 0;
+    options[argument.substr(0, equals)] = argument.substr(equals + 1);
+  }
+  if (argc < 4) {
+    std::fputs("usage: topk-model-probe MODEL_DIR INPUT.safetensors OUTPUT.safetensors [key=value ...]\n",
+               stderr);
+    return 2;
+  }
+  try {
+    run(argv[1], argv[2], argv[3], options);
+  } catch (const std::exception& error) {
+    fmt::print(stderr, "topk-model-probe: error: {}\n", error.what());
+    return 1;
+  }
+  return 0;
+}
