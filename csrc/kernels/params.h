@@ -137,7 +137,8 @@ struct SelectScoresParams {
 
 namespace cpu {
 void forward(const ForwardParams& p, const Executor& executor);
-void backward(const BackwardParams& p, const Executor& executor);
+// False when kept_index, or the encoding, is not a selection of q and k: the gradients are then unfinished.
+bool backward(const BackwardParams& p, const Executor& executor);
 void forward_kvcache(const CacheParams& p, const Executor& executor);
 void select_scores(const SelectScoresParams& p, const Executor& executor);
 void append(const AppendParams& p);

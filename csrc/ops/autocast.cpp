@@ -38,6 +38,23 @@ struct Autocast {
                     {causal, topk, ratio, min_keys, max_keys, std::string(select), sink, recent},
                     softmax_scale, deterministic, save_kept);
   }
+
+  static OptTensor cast(const OptTensor& t) { return t.has_value() ? OptTensor(cast(*t)) : t; }
+
+  // The caches are never cast: a copy would be written to instead of the cache.
+  static FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                               const OptTensor& k, const OptTensor& v, const Tensor& cache_seqlens,
+                               const OptTensor& cache_leftpad, const OptTensor& block_table,
+                               const OptTensor& key_codes, bool causal, OptSymInt topk,
+                               std::optional<double> ratio, SymInt min_keys, OptSymInt max_keys,
+                               std::string_view select, SymInt sink, SymInt recent,
+                               std::optional<double> softmax_scale, bool return_indices) {
+    c10::impl::ExcludeDispatchKeyGuard off(kKey);
+    return call_fwd_kvcache(cast(q), k_cache, v_cache, cast(k), cast(v), cache_seqlens, cache_leftpad,
+                            block_table, key_codes,
+                            {causal, topk, ratio, min_keys, max_keys, std::string(select), sink, recent},
+                            softmax_scale, return_indices);
+  }
 };
 
 }  // namespace
@@ -46,9 +63,11 @@ struct Autocast {
 TORCH_LIBRARY_IMPL(topk_attn, AutocastCPU, m) {
   m.impl("select", &topk_attn::Autocast<c10::DeviceType::CPU>::select);
   m.impl("fwd", &topk_attn::Autocast<c10::DeviceType::CPU>::fwd);
+  m.impl("fwd_kvcache", &topk_attn::Autocast<c10::DeviceType::CPU>::fwd_kvcache);
 }
 
 TORCH_LIBRARY_IMPL(topk_attn, AutocastCUDA, m) {
   m.impl("select", &topk_attn::Autocast<c10::DeviceType::CUDA>::select);
   m.impl("fwd", &topk_attn::Autocast<c10::DeviceType::CUDA>::fwd);
+  m.impl("fwd_kvcache", &topk_attn::Autocast<c10::DeviceType::CUDA>::fwd_kvcache);
 }

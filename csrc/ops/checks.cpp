@@ -30,7 +30,7 @@ void check_rank(const Tensor& t, const char* name, int64_t rank, const char* lay
 }
 
 void check_last_contiguous(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.sym_numel() == 0 || t.sym_stride(-1) == 1, "topk_attn: ", name,
+  TORCH_CHECK(t.sym_numel() == 0 || t.sym_size(-1) == 1 || t.sym_stride(-1) == 1, "topk_attn: ", name,
               " must be contiguous in its last dimension, got stride ", t.sym_stride(-1));
 }
 
@@ -51,15 +51,15 @@ void check_int32_vector(const OptTensor& t, const char* name, const SymInt& size
   check_device(*t, name, q, "q");
 }
 
-void check_heads(Shape& shape, const Tensor& q, const Tensor& k) {
+void check_heads(Shape& shape, const Tensor& q, const Tensor& k, const char* k_name) {
   shape.heads = q.sym_size(-2).guard_int(__FILE__, __LINE__);
   shape.kv_heads = k.sym_size(-2).guard_int(__FILE__, __LINE__);
   TORCH_CHECK(shape.kv_heads > 0 && shape.heads > 0 && shape.heads % shape.kv_heads == 0, "topk_attn: q has ",
-              shape.heads, " heads and k has ", shape.kv_heads,
-              ": the heads of q must be a positive multiple of the heads of k");
+              shape.heads, " heads and ", k_name, " has ", shape.kv_heads,
+              ": the heads of q must be a positive multiple of the heads of ", k_name);
   shape.head_dim = check_head_dim(q.sym_size(-1), "q");
-  TORCH_CHECK(k.sym_size(-1) == shape.head_dim, "topk_attn: k has head dim ", k.sym_size(-1), ", but q has ",
-              shape.head_dim, ": they must be the same");
+  TORCH_CHECK(k.sym_size(-1) == shape.head_dim, "topk_attn: ", k_name, " has head dim ", k.sym_size(-1),
+              ", but q has ", shape.head_dim, ": they must be the same");
 }
 
 void check_floating(const Tensor& q) {
@@ -81,9 +81,11 @@ Settings check_settings(const OptSymInt& topk, std::optional<double> ratio, cons
                         const OptSymInt& max_keys, std::string_view select, const SymInt& sink,
                         const SymInt& recent) {
   Settings s;
-  TORCH_CHECK(topk.has_value() != ratio.has_value(),
-              "topk_attn: exactly one of topk and ratio must be given, got ",
-              topk.has_value() ? "both" : "neither");
+  TORCH_CHECK(!(topk.has_value() && ratio.has_value()),
+              "topk_attn: exactly one of topk and ratio must be given, got topk = ", topk.value_or(SymInt(0)),
+              " and ratio = ", ratio.value_or(0.0));
+  TORCH_CHECK(topk.has_value() || ratio.has_value(),
+              "topk_attn: exactly one of topk and ratio must be given, got topk = None and ratio = None");
   if (topk.has_value()) {
     s.budget.topk = topk->guard_int(__FILE__, __LINE__);
     TORCH_CHECK(s.budget.topk >= 1, "topk_attn: topk must be at least 1, got ", s.budget.topk);
@@ -134,7 +136,7 @@ Shape check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const O
   check_rank(k, "k", rank, shape.packed ? "(total_k, Hkv, D)" : "(B, Tk, Hkv, D)");
   check_last_contiguous(q, "q");
   check_companion(k, "k", q);
-  check_heads(shape, q, k);
+  check_heads(shape, q, k, "k");
   shape.batch = shape.packed ? SymInt(1) : q.sym_size(0);
   shape.tq = q.sym_size(-3);
   shape.tk = k.sym_size(-3);
@@ -172,7 +174,9 @@ Shape check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const O
     }
     if (max_seqlen_k.has_value()) {
       TORCH_CHECK(*max_seqlen_k >= 0, "topk_attn: max_seqlen_k must be at least 0, got ", *max_seqlen_k);
-      shape.longest = max_seqlen_k->min(shape.tk);
+      shape.longest = *max_seqlen_k;
+      TORCH_CHECK(shape.longest <= kMaxLength, "topk_attn: max_seqlen_k must be below 2^31, got ",
+                  *max_seqlen_k);
     }
   }
   return shape;
@@ -191,7 +195,7 @@ CacheShape check_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v
   check_companion(k_cache, "k_cache", q);
   check_companion(v_cache, "v_cache", q);
   Shape heads;
-  check_heads(heads, q, k_cache);
+  check_heads(heads, q, k_cache, "k_cache");
   shape.heads = heads.heads;
   shape.kv_heads = heads.kv_heads;
   shape.head_dim = heads.head_dim;

@@ -4,6 +4,10 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu_common.h"
 
 namespace topk_attn {
@@ -33,6 +37,7 @@ std::vector<Sequence> sequences_of(const Shape& shape, const OptTensor& cu_seqle
   const int64_t tq = shape.tq.expect_int();
   const int64_t tk = shape.tk.expect_int();
   if (!shape.packed) {
+    if (tq == 0) return sequences;
     for (int64_t b = 0; b < shape.batch.expect_int(); ++b) sequences.push_back({b, 0, 0, tq, tk, 0});
     return sequences;
   }
@@ -84,6 +89,18 @@ namespace {
 
 using OptInt = std::optional<int64_t>;
 
+// The kept lists are large, written once and read once: with 4 KiB pages their faults cost as much as the
+// lists.
+void prefer_huge_pages(const Tensor& t) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = uintptr_t{2} << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) / kHuge * kHuge;
+  // Advice: where the system does not take it, nothing is lost but time.
+  if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 OptSymInt symbolic(const OptInt& x) {
   return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
 }
@@ -95,11 +112,8 @@ FwdResult run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const O
                       bool return_indices) {
   const Shape shape =
       check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, symbolic(max_seqlen_q), symbolic(max_seqlen_k));
-  const auto sequences = sequences_of(shape, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   ForwardParams p;
   p.problem = problem_of(q, shape, settings, causal);
-  p.problem.sequences = sequences.data();
-  p.problem.num_sequences = static_cast<int64_t>(sequences.size());
   p.problem.softmax_scale = check_scale(softmax_scale, shape.head_dim);
   p.q = view_of(q);
   p.k = view_of(k);
@@ -132,7 +146,13 @@ FwdResult run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const O
   if (p.kept_width > 0) {
     p.kept_index = kept_index.data_ptr<int32_t>();
     if (save_kept) p.kept_prob = kept_prob.data_ptr();
+    prefer_huge_pages(kept_index);
+    prefer_huge_pages(kept_prob);
   }
+  // After the outputs: a size that memory cannot hold has raised by now.
+  const auto sequences = sequences_of(shape, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
+  p.problem.sequences = sequences.data();
+  p.problem.num_sequences = static_cast<int64_t>(sequences.size());
   cpu::forward(p, executor());
   return {out, lse, threshold, tie_index, kept_index, kept_prob};
 }
@@ -225,7 +245,10 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
   p.dq = view_of(dq);
   p.dk = view_of(dk);
   p.dv = view_of(dv);
-  cpu::backward(p, executor());
+  TORCH_CHECK(
+      cpu::backward(p, executor()),
+      "topk_attn: ", p.kept_width > 0 ? "kept_index" : "threshold and tie_index",
+      " must be as the forward returned them for these q and k: they do not name that many visible keys");
   return {dq, dk.to(k.scalar_type()), dv.to(v.scalar_type())};
 }
 

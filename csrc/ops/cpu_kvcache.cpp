@@ -1,5 +1,6 @@
 // CPU implementation of fwd_kvcache: checks of lengths and pages, the append, the kernel.
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -12,6 +13,13 @@ using OptInt = std::optional<int64_t>;
 
 OptSymInt symbolic(const OptInt& x) {
   return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
+}
+
+// Rows written for one sequence must not appear in another.
+void check_writable(const Tensor& cache, const char* name) {
+  TORCH_CHECK(at::has_internal_overlap(cache) != at::MemOverlap::Yes, "topk_attn: ", name,
+              " must not be an expanded tensor when new rows are written, got strides ", cache.strides(),
+              " for sizes ", cache.sizes(), ": several of its elements share memory");
 }
 
 void append_rows(const Tensor& rows, const Tensor& cache, const std::vector<int64_t>& start,
@@ -55,6 +63,13 @@ FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   const int64_t max_pages = table_host.defined() ? table_host.size(1) : 0;
   const int64_t page_size = k_cache.size(1);
 
+  if (appended > 0) {
+    check_writable(k_cache, "k_cache");
+    check_writable(v_cache, "v_cache");
+    TORCH_CHECK(at::get_overlap_status(k_cache, v_cache) == at::MemOverlapStatus::No ||
+                    at::get_overlap_status(k_cache, v_cache) == at::MemOverlapStatus::TooHard,
+                "topk_attn: k_cache and v_cache must not share memory when new rows are written");
+  }
   std::vector<Sequence> sequences;
   std::vector<int64_t> start;
   for (int64_t b = 0; b < batch; ++b) {
@@ -93,11 +108,6 @@ FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   p.problem.softmax_scale = check_scale(softmax_scale, cache.head_dim);
   p.problem.rows = RowLayout{cache.heads * tq, tq};
 
-  if (appended > 0) {
-    append_rows(*k, k_cache, start, table, max_pages);
-    append_rows(*v, v_cache, start, table, max_pages);
-  }
-
   const auto acc = q.options().dtype(accumulation_type(q.scalar_type()));
   const auto ints = q.options().dtype(at::kInt);
   const Tensor out = at::empty({batch, tq, cache.heads, cache.v_dim}, q.options());
@@ -124,6 +134,10 @@ FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   p.lse = lse.data_ptr();
   p.threshold = threshold.data_ptr();
   p.tie_index = tie_index.data_ptr<int32_t>();
+  if (appended > 0) {  // only now: an error above leaves the caches as they were
+    append_rows(*k, k_cache, start, table, max_pages);
+    append_rows(*v, v_cache, start, table, max_pages);
+  }
   cpu::forward_kvcache(p, executor());
   return {out, lse, indices, slots, threshold, tie_index};
 }

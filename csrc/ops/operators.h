@@ -6,6 +6,7 @@
 #include <c10/core/SymInt.h>
 
 #include <optional>
+#include <string>
 #include <string_view>
 #include <tuple>
 

@@ -556,7 +556,7 @@ def _key_mask(mask: Tensor, leading: tuple, tq: int, tk: int) -> Tensor:
     if mask.shape[-2] == 1 or mask.stride(-2) == 0:
         return mask[..., 0, :]
     first = mask[..., :1, :]
-    if not bool((mask == first).all()):
+    if not torch.equal(mask, first.expand_as(mask)):
         raise ValueError(
             "attn_mask differs between query rows: only a mask of keys that is equal for all rows can be "
             "honoured; use is_causal=True, or topk_attn_varlen_func for packed documents"

@@ -2,6 +2,7 @@
 // errors.
 
 #include <ATen/Functions.h>
+#include <ATen/TensorOperators.h>
 
 #include <cmath>
 #include <string>

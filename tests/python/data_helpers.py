@@ -23,7 +23,8 @@ CHATML = (
 LLAMA3 = (
     "{% for m in messages %}{% set text = '<|start|>' + m['role'] + '<|end_header|>\n\n' + "
     "m['content'] | trim + '<|eot|>' %}{% if loop.first %}{% set text = bos_token + text %}{% endif %}"
-    "{{ text }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end_header|>\n\n' }}{% endif %}"
+    "{{ text }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end_header|>\n\n' }}"
+    "{% endif %}"
 )
 # No generation prompt; the answer follows a space; EOS behind it.
 MISTRAL = (

@@ -59,12 +59,30 @@ def test_assistant_turns_with_their_stop_token(tokenizer_of, template):
     assert ids.tolist() == tokenizer.hf.apply_chat_template(messages, return_dict=True)["input_ids"]
 
 
-def test_generation_tags_and_rendering_agree(tokenizer_of):
-    messages = chat("user", "assistant", "im_end", "user", "x", "<|im_end|> y")
-    tagged = encode(tokenizer_of(GENERATION), Record("f:1", "messages", messages[:4]))
-    rendered = encode(tokenizer_of(CHATML), Record("f:1", "messages", messages[:4]))
+@pytest.mark.parametrize("template", [GENERATION, GENERATION_WITHOUT_STOP])
+@pytest.mark.parametrize("turns", ["all", "last", "split"])
+def test_generation_tags_and_rendering_agree(tokenizer_of, template, turns):
+    record = Record("f:1", "messages", chat("user", "assistant", "im_end", "user", "x", "a<|im_end|> y"))
+    tagged = encode(tokenizer_of(template), record, EncodeOptions(turns=turns))
+    rendered = encode(tokenizer_of(CHATML), record, EncodeOptions(turns=turns))
     for (a, b), (c, d) in zip(tagged, rendered, strict=True):
         assert a.tolist() == c.tolist() and b.tolist() == d.tolist()
+
+
+def test_generation_tags_without_stop_are_refused(tokenizer_of):
+    template = GENERATION.replace(
+        "m['content'] + '<|im_end|>' }}{% endgeneration", "m['content'] }}{% endgeneration"
+    )
+    with pytest.raises(DataError, match="f:1: no special token ends the template's generation block"):
+        trained(tokenizer_of(template), chat("a", "b"))
+    silent = GENERATION.replace(
+        "{% generation %}", "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    )
+    silent = silent.replace("{% endgeneration %}{{", "{{")
+    with pytest.raises(
+        DataError, match="f:1: the template's generation blocks mark 0 places for 1 assistant"
+    ):
+        trained(tokenizer_of(silent), chat("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -349,9 +349,7 @@ print("registered")
     [
         "import topk_attn\nimport transformers",
         "import transformers\nimport topk_attn",
-        "from transformers import LlamaForCausalLM\nimport topk_attn",
         "import topk_attn\nfrom transformers import LlamaForCausalLM",
-        "import transformers.masking_utils\nimport topk_attn",
         "import topk_attn, importlib\nimport transformers.masking_utils\nimportlib.reload(topk_attn.hf)",
     ],
 )

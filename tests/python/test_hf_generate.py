@@ -12,7 +12,7 @@ from hf_helpers import (
     tiny_model,
     tokens,
 )
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from topk_attn import hf
 
@@ -253,3 +253,29 @@ def test_compiled_decode_with_a_static_cache():
             ).logits
             torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
             token = logits[:, -1:].argmax(-1)
+
+
+def test_generate_with_compiled_decode():
+    """What ``generate`` does by itself on a GPU: a static cache and a compiled decode step."""
+    model = hf.configure(tiny_model(), topk=4)
+    ids, mask = pad_batch([tokens(9), tokens(6)], "left")
+    compile_config = CompileConfig(backend="aot_eager", mode=None)
+    compile_config._compile_all_devices = True
+    compiled = model.generate(
+        ids, attention_mask=mask, cache_implementation="static", compile_config=compile_config, **GREEDY
+    )
+    assert torch.equal(compiled, model.generate(ids, attention_mask=mask, **GREEDY))
+
+
+def test_continuing_a_returned_cache():
+    model = hf.configure(tiny_model(), topk=4)
+    ids, mask = pad_batch([tokens(9), tokens(6)], "left")
+    with torch.inference_mode():
+        first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
+        longer = torch.cat([first.sequences, tokens(2, 3)], dim=1)
+        mask = torch.cat([mask, torch.ones(2, NEW + 3, dtype=torch.long)], dim=1)
+        expected = model.generate(longer, attention_mask=mask, **GREEDY)
+        continued = model.generate(
+            longer, attention_mask=mask, past_key_values=first.past_key_values, **GREEDY
+        )
+    assert torch.equal(continued, expected)

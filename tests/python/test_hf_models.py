@@ -170,7 +170,7 @@ def test_torch_compile_keeps_packed_documents_apart():
     positions = torch.cat([torch.arange(5), torch.arange(7)]).repeat(2, 1)
     with torch.no_grad():
         eager = model(ids, position_ids=positions, use_cache=False).logits
-        compiled = torch.compile(model, backend="aot_eager")(
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(
             ids, position_ids=positions, use_cache=False
         ).logits
         alone = model(ids[:, 5:], use_cache=False).logits

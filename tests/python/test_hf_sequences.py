@@ -46,11 +46,12 @@ def test_padding(kind, side, grad, settings):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_padding_without_position_ids(side, use_cache):
+@pytest.mark.parametrize("lengths", [LENGTHS, (12, 5, 1, 9)])
+def test_padding_without_position_ids(side, use_cache, lengths):
     """Without position_ids a left-padded row is rotated by its offset, which relative positions do not
     see."""
     model = hf.configure(tiny_model(), topk=4)
-    rows = rows_of()
+    rows = rows_of(lengths)
     ids, mask = pad_batch(rows, side)
     with torch.no_grad():
         logits = model(ids, attention_mask=mask, use_cache=use_cache).logits

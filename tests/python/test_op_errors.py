@@ -16,7 +16,7 @@ def int32(*values):
 
 
 def zeros(*shape, dtype=torch.float32, device=None):
-    return torch.zeros(*shape, dtype=dtype, device=device)
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def refuses(call, *words):
@@ -243,7 +243,7 @@ BOUNDS = [
     (dict(cu_seqlens_k=int32(0, 3, 2**31 - 1)), ["cu_seqlens_k", "2147483647"]),
     (dict(cu_seqlens_k=int32(0, -(2**31), 7)), ["cu_seqlens_k", "-2147483648"]),
     (dict(cu_seqlens_q=int32(0, 7)), ["cu_seqlens_q", "cu_seqlens_k"]),
-    (dict(cu_seqlens_q=int32(0, 3, 7).reshape(1, 3)), ["cu_seqlens_q", "dim|1-D|(B+1)|one"]),
+    (dict(cu_seqlens_q=int32(0, 3, 7).reshape(1, 3)), ["cu_seqlens_q", "vector|dimension"]),
     (dict(cu_seqlens_q=torch.zeros(0, dtype=I32), cu_seqlens_k=torch.zeros(0, dtype=I32)), ["cu_seqlens_q"]),
     (dict(max_seqlen_q=3), ["max_seqlen_q", "3", "4"]),
     (dict(max_seqlen_k=3), ["max_seqlen_k", "3", "4"]),

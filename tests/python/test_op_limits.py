@@ -191,3 +191,24 @@ def test_wide_budget_of_a_long_empty_cache():
         )
         assert bool((out == 0).all())
         assert math.isclose(float(lse[0, 0, 0]), math.log(topk_attn.budget(9, **budget)), rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["(2**35, 4, {h}, 8)", "(2**40, 0, {h}, 8)"])
+def test_huge_batches_end_in_an_error_or_at_once(shape):
+    """A batch of expanded or empty sequences takes no memory itself; the call must not take all there is."""
+    script = f"""
+        import op_fuzz, torch, topk_attn
+        q = torch.zeros(1, 4, 2, 8)[:, : {shape.format(h=2)}[1]].expand({shape.format(h=2)})
+        k = torch.zeros(1, 4, 1, 8)[:, : {shape.format(h=1)}[1]].expand({shape.format(h=1)})
+        op_fuzz.limit_memory(2 * 2**30)
+        try:
+            topk_attn.topk_select(q, k, topk=1)
+        except (RuntimeError, MemoryError) as error:
+            print("refused:", error)
+        print("alive")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], cwd=HERE, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "alive" in done.stdout, done.stderr[-2000:]
+    assert "bad_alloc" not in done.stdout and "length_error" not in done.stdout, done.stdout

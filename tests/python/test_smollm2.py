@@ -39,19 +39,40 @@ def tokenizer(folder):
 
 @pytest.fixture(scope="module")
 def essay(tokenizer):
-    """(1, 512) tokens of real text."""
+    """(1, 256) tokens of real text."""
     text = download.essays()["worked"]
-    return tokenizer(text[:8000], return_tensors="pt")["input_ids"][:, :512]
+    return tokenizer(text[:8000], return_tensors="pt")["input_ids"][:, :256]
+
+
+def load(folder, **changes):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **changes).eval()
 
 
 @pytest.fixture
 def model(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load(folder)
+
+
+@pytest.fixture
+def first_layers(folder):
+    """The model cut to its first six layers, where all of it would only take longer."""
+    return load(folder, num_hidden_layers=6)
 
 
 @torch.no_grad()
 def logits(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits
+
+
+def assert_same_model(actual, expected):
+    """Logits (1, T, vocab) agree, but for the odd token.
+
+    The linear layers round differently for other numbers of rows, and where two scores are closer than that
+    a key may change. A key too many or too few, or one of another document, changes nearly every token.
+    """
+    difference = (actual - expected).abs().amax(-1).flatten()
+    assert float((difference < 1e-2).float().mean()) > 0.95, difference
+    assert float(difference.max()) < 1.0, difference
 
 
 def test_conversion_speaks_english(model, tokenizer, essay):
@@ -67,7 +88,7 @@ def test_conversion_speaks_english(model, tokenizer, essay):
 
 
 def test_ratio_one_gives_the_unpatched_logits(model, essay):
-    ids = essay[:, :160]
+    ids = essay[:, :96]
     dense = logits(model, ids)
     topk_attn.hf.configure(model, ratio=1.0)
     layers = model.config.num_hidden_layers
@@ -98,56 +119,53 @@ def test_generation_runs_the_operator_in_every_layer_of_every_step(model, tokeni
     assert count.calls == model.config.num_hidden_layers * steps
 
 
-def test_decode_continues_prefill_with_the_same_sparsity(model, essay):
+def test_decode_continues_prefill_with_the_same_sparsity(first_layers, essay):
     """Logits of one call on 96 tokens equal those of 64 tokens and then one at a time."""
     ids = essay[:, :96]
-    topk_attn.hf.configure(model, ratio=0.05, min_keys=4)
-    whole = logits(model, ids)
-    cache = transformers.DynamicCache(config=model.config)
+    topk_attn.hf.configure(first_layers, ratio=0.05, min_keys=4)
+    whole = logits(first_layers, ids)
+    cache = transformers.DynamicCache(config=first_layers.config)
     with torch.no_grad():
-        parts = [model(ids[:, :64], past_key_values=cache).logits]
-        parts += [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(64, 96)]
-    difference = (torch.cat(parts, dim=1) - whole).abs().amax(-1)
-    # Products of another shape differ in the last bits; where two scores are closer than that a key may change.
-    assert float(difference.median()) < 2e-3
-    assert float(difference.max()) < 1.0
+        parts = [first_layers(ids[:, :64], past_key_values=cache).logits]
+        parts += [first_layers(ids[:, t : t + 1], past_key_values=cache).logits for t in range(64, 96)]
+    assert_same_model(torch.cat(parts, dim=1), whole)
 
 
-def test_padding_and_packing_do_not_leak(model, essay):
-    topk_attn.hf.configure(model, ratio=0.1, min_keys=4)
+def test_padding_and_packing_do_not_leak(first_layers, essay):
+    topk_attn.hf.configure(first_layers, ratio=0.1, min_keys=4)
     first, second = essay[:, :50], essay[:, 100:190]
-    alone = [logits(model, first), logits(model, second)]
+    alone = [logits(first_layers, first), logits(first_layers, second)]
 
     pad = second.shape[1] - first.shape[1]
     filler = torch.zeros(1, pad, dtype=torch.long)
     batch = torch.cat([torch.cat([filler, first], 1), second])
     mask = torch.ones_like(batch)
     mask[0, :pad] = 0
-    padded = logits(model, batch, attention_mask=mask)
-    torch.testing.assert_close(padded[:1, pad:], alone[0], atol=1e-2, rtol=1e-3)
-    torch.testing.assert_close(padded[1:], alone[1], atol=1e-2, rtol=1e-3)
+    padded = logits(first_layers, batch, attention_mask=mask)
+    assert_same_model(padded[:1, pad:], alone[0])
+    assert_same_model(padded[1:], alone[1])
 
     packed_ids = torch.cat([first, second], 1)
     positions = torch.cat([torch.arange(x.shape[1]) for x in (first, second)])[None]
-    packed = logits(model, packed_ids, position_ids=positions)
-    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-2, rtol=1e-3)
+    packed = logits(first_layers, packed_ids, position_ids=positions)
+    assert_same_model(packed, torch.cat(alone, 1))
 
 
-def test_gradients_reach_every_parameter_and_ratio_one_equals_dense(model, essay):
+def test_gradients_reach_every_parameter_and_ratio_one_equals_dense(first_layers, essay):
     ids = essay[:, :48]
 
     def gradients():
-        model.zero_grad()
-        model(ids, labels=ids, use_cache=False).loss.backward()
-        return {name: p.grad.clone() for name, p in model.named_parameters()}
+        first_layers.zero_grad()
+        first_layers(ids, labels=ids, use_cache=False).loss.backward()
+        return {name: p.grad.clone() for name, p in first_layers.named_parameters()}
 
     dense = gradients()
-    topk_attn.hf.configure(model, ratio=1.0)
+    topk_attn.hf.configure(first_layers, ratio=1.0)
     everything = gradients()
     for name, want in dense.items():
         scale = float(want.abs().max())
         assert scale > 0, name
         torch.testing.assert_close(everything[name] / scale, want / scale, atol=1e-3, rtol=0, msg=name)
-    topk_attn.hf.configure(model, ratio=0.05)
+    topk_attn.hf.configure(first_layers, ratio=0.05)
     sparse = gradients()
     assert all(bool(g.isfinite().all()) and float(g.abs().max()) > 0 for g in sparse.values())

@@ -142,6 +142,15 @@ def test_packed_equals_alone(family, tmp_path):
     assert total == pytest.approx(together["loss"].item(), rel=1e-6)
 
 
+def test_empty_documents_change_nothing(tmp_path):
+    folder = save_model(tiny_model("llama"), tmp_path / "model")
+    batch = packed_batch((20, 30), 131)
+    want = run_probe(folder, batch, tmp_path)
+    batch["cu_seqlens"] = torch.tensor([0, 0, 20, 20, 20, 50, 50], dtype=torch.int32)
+    got = run_probe(folder, batch, tmp_path)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_checkpointing_changes_no_bit(family, dtype, tmp_path):

@@ -128,6 +128,16 @@ def test_an_existing_folder_is_not_touched(tmp_path):
     assert not [path for path in tmp_path.iterdir() if "tmp-" in path.name]
 
 
+@pytest.mark.parametrize("max_file_bytes", [10, 5_000, 100_000])
+def test_a_full_disk_leaves_nothing(max_file_bytes, tmp_path):
+    source = source_folder(tmp_path)
+    message = run_probe(
+        source, {}, tmp_path, ok=False, max_file_bytes=max_file_bytes, export=str(tmp_path / "t" / "target")
+    )
+    assert str(tmp_path / "t" / "target") in message and "cannot be written" in message
+    assert not list((tmp_path / "t").iterdir())
+
+
 def test_reload_in_transformers_with_the_same_sparsity(tmp_path):
     """The exported folder in transformers, through the package's attention, gives the native logits."""
     pytest.importorskip("topk_attn.hf")

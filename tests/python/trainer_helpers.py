@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 from pathlib import Path
 
@@ -123,8 +124,13 @@ def documents(batch):
         yield {key: batch[key][begin:end] for key in ("input_ids", "position_ids", "labels")}
 
 
-def run_probe(model_dir, inputs, tmp_path: Path, ok: bool = True, **options):
-    """Outputs of topk-model-probe, or its error text when `ok` is false."""
+def run_probe(
+    model_dir, inputs, tmp_path: Path, ok: bool = True, max_file_bytes: int | None = None, **options
+):
+    """Outputs of topk-model-probe, or its error text when `ok` is false.
+
+    `max_file_bytes` makes every longer file fail to be written, as on a full disk.
+    """
     source, target = tmp_path / "probe_in.safetensors", tmp_path / "probe_out.safetensors"
     save_file({key: value.clone().contiguous() for key, value in inputs.items()}, source)
     target.unlink(missing_ok=True)
@@ -132,8 +138,20 @@ def run_probe(model_dir, inputs, tmp_path: Path, ok: bool = True, **options):
         f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in options.items()
     ]
     command = [native_program("topk-model-probe"), str(model_dir), str(source), str(target), *arguments]
+    limit = None
+    if max_file_bytes is not None:
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
+
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=limit,
+        restore_signals=False,  # SIGXFSZ stays ignored: write() fails instead
     )
     if ok:
         assert done.returncode == 0, done.stderr

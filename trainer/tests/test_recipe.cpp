@@ -296,7 +296,7 @@ TEST_CASE("edit distance", "[recipe]") {
 TEST_CASE("the recipes that come with the trainer are valid", "[recipe]") {
   namespace fs = std::filesystem;
   int count = 0;
-  for (const auto& entry : fs::directory_iterator(fs::path(__FILE__).parent_path() / "../../recipes")) {
+  for (const auto& entry : fs::directory_iterator(fs::path(TOPK_SOURCE_DIR) / "recipes")) {
     if (entry.path().extension() != ".yaml") continue;
     INFO(entry.path().string());
     ++count;
@@ -308,7 +308,7 @@ TEST_CASE("the recipes that come with the trainer are valid", "[recipe]") {
 }
 
 TEST_CASE("docs/recipes.md is the reference that the table makes", "[recipe]") {
-  std::ifstream file(std::filesystem::path(__FILE__).parent_path() / "../../docs/recipes.md");
+  std::ifstream file(std::filesystem::path(TOPK_SOURCE_DIR) / "docs/recipes.md");
   REQUIRE(file.good());
   std::string text{std::istreambuf_iterator<char>(file), {}};
   CHECK(text == recipe_markdown());

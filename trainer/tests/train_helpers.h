@@ -43,4 +43,4 @@ BatchValues batch_values(const topk_sft::TokenDataset& data, const topk_sft::Pac
                          const std::vector<int64_t>& sequences);
 
 // The order of Sampler(8, 8, 1, true, 42) in its first epoch.
-inline const std::vector<int64_t> kShuffleOfEight = {0, 0, 0, 0, 0, 0, 0, 0};
+inline const std::vector<int64_t> kShuffleOfEight = {7, 2, 4, 5, 1, 0, 3, 6};

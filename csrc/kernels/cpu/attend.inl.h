@@ -1,19 +1,22 @@
 // One row's attention over its kept keys: softmax, weighted sum of V rows, and the gathers of the backward.
 
-// acc[0 .. N) vectors of channels += sum over the list of weight[i] * row(position[i]), from channel `c0`.
+// out = (initial ? out : 0) + sum over the list of weights[i] * row(positions[i]), in list order, for N
+// vectors of channels from `c0`.
 template <typename T, int N, typename Row>
 inline void gather_sum(const int32_t* positions, const acc_t<T>* weights, int64_t count, Row row, int64_t c0,
-                       acc_t<T>* out) {
+                       bool initial, acc_t<T>* out) {
   using A = acc_t<T>;
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[N];
-  for (int u = 0; u < N; ++u) acc[u] = vec_t<A>{};
+#pragma GCC unroll 8
+  for (int u = 0; u < N; ++u) acc[u] = initial ? load(out + c0 + u * L) : vec_t<A>{};
   for (int64_t i = 0; i < count; ++i) {
     const T* x = row(positions[i]) + c0;
     const vec_t<A> weight = splat(weights[i]);
 #pragma GCC unroll 8
     for (int u = 0; u < N; ++u) acc[u] = fma(weight, load(x + u * L), acc[u]);
   }
+#pragma GCC unroll 8
   for (int u = 0; u < N; ++u) store(out + c0 + u * L, acc[u]);
 }
 
@@ -24,30 +27,21 @@ inline void gather_dot(const int32_t* positions, int64_t count, Row row, int64_t
   using A = acc_t<T>;
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> mine[N];
-  for (int u = 0; u < N; ++u) mine[u] = load(x + c0 + u * L);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* other = row(positions[i]) + c0;
-    vec_t<A> sum[2] = {vec_t<A>{}, vec_t<A>{}};
 #pragma GCC unroll 8
-    for (int u = 0; u < N; ++u) sum[u & 1] = fma(mine[u], load(other + u * L), sum[u & 1]);
-    const A dot = horizontal_sum<A>(sum[0] + sum[1]);
-    dots[i] = accumulate ? dots[i] + dot : dot;
-  }
-}
-
-// row(positions[i]) += weights[i] * x over N vectors of channels from `c0`; the rows are A.
-template <typename T, int N, typename Row>
-inline void scatter_add(const int32_t* positions, const acc_t<T>* weights, int64_t count, Row row, int64_t c0,
-                        const T* x) {
-  using A = acc_t<T>;
-  constexpr int L = Vec<A>::kLanes;
-  vec_t<A> mine[N];
   for (int u = 0; u < N; ++u) mine[u] = load(x + c0 + u * L);
-  for (int64_t i = 0; i < count; ++i) {
-    A* other = row(positions[i]) + c0;
-    const vec_t<A> weight = splat(weights[i]);
+  for (int64_t i = 0; i < count; i += 4) {
+    const int64_t here = count - i < 4 ? count - i : 4;
+    vec_t<A> sums[4];
+#pragma GCC unroll 4
+    for (int e = 0; e < 4; ++e) {
+      const T* other = row(positions[e < here ? i + e : i]) + c0;
+      sums[e] = vec_t<A>{};
 #pragma GCC unroll 8
-    for (int u = 0; u < N; ++u) store(other + u * L, fma(weight, mine[u], load(other + u * L)));
+      for (int u = 0; u < N; ++u) sums[e] = fma(mine[u], load(other + u * L), sums[e]);
+    }
+    A dot[4];
+    horizontal_sums<A>(sums[0], sums[1], sums[2], sums[3], dot);
+    for (int e = 0; e < here; ++e) dots[i + e] = accumulate ? dots[i + e] + dot[e] : dot[e];
   }
 }
 
@@ -178,7 +172,7 @@ acc_t<T> attend_row(const acc_t<T>* scores, int64_t count, acc_t<T> scale, Row v
     for (int64_t c = 0; c < v_dim; ++c) sum[c] = 0;
   } else {
     for_channel_pieces<A>(v_dim, [&](auto n, int64_t c) {
-      gather_sum<T, decltype(n)::value>(kept, weights, count, v_row, c, sum);
+      gather_sum<T, decltype(n)::value>(kept, weights, count, v_row, c, false, sum);
     });
   }
   for (int64_t c = 0; c < v_dim; ++c) out[c] = from_acc<T>(sum[c]);

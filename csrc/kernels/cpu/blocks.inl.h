@@ -121,12 +121,13 @@ template <typename A>
 struct BlockScratch {
   Buffer<A> q;
   Buffer<A> scores;
-  int64_t stride;
+  int64_t stride;  // of a row of scores; one panel more than needed, lest a power of two puts all rows in one
+                   // cache set
   RowScratch<A> row;
   BlockScratch(const Blocks& blocks, int64_t dim, int64_t v_dim)
       : q(blocks.max_rows * dim),
-        scores(blocks.max_rows * blocks.max_keys),
-        stride(blocks.max_keys),
+        scores(blocks.max_rows * (blocks.max_keys + kPanel<A>)),
+        stride(blocks.max_keys + kPanel<A>),
         row(blocks.max_keys, std::max(dim, v_dim)) {}
 };
 

@@ -62,8 +62,8 @@ void forward(const ForwardParams& p, const Executor& executor) {
   table(p.problem.head_dim, p.problem.v_dim).forward[static_cast<int>(p.problem.dtype)](p, executor);
 }
 
-void backward(const BackwardParams& p, const Executor& executor) {
-  table(p.problem.head_dim, p.problem.v_dim).backward[static_cast<int>(p.problem.dtype)](p, executor);
+bool backward(const BackwardParams& p, const Executor& executor) {
+  return table(p.problem.head_dim, p.problem.v_dim).backward[static_cast<int>(p.problem.dtype)](p, executor);
 }
 
 void forward_kvcache(const CacheParams& p, const Executor& executor) {

@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set; compiled once per set with TOPK_ISA naming it.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

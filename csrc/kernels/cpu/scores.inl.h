@@ -73,6 +73,7 @@ inline void score_tile(const A* q, int64_t q_stride, const A* panel, int64_t hea
                        int64_t scores_stride) {
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[R][2];
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) acc[r][0] = acc[r][1] = vec_t<A>{};
   for (int64_t c = 0; c < head_dim; ++c) {
     const vec_t<A> k0 = load(panel + c * kPanel<A>);
@@ -84,6 +85,7 @@ inline void score_tile(const A* q, int64_t q_stride, const A* panel, int64_t hea
       acc[r][1] = fma(x, k1, acc[r][1]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     store(scores + r * scores_stride, acc[r][0]);
     store(scores + r * scores_stride + L, acc[r][1]);

@@ -168,9 +168,10 @@ inline Float16 from_acc<Float16>(float x) {
 // ---- vectors
 // ----------------------------------------------------------------------------------------------------
 
+// x - 0 is x for every x, so this folds to a bare broadcast (x + 0 would not: it turns -0 into +0).
 template <typename A>
 inline vec_t<A> splat(A x) {
-  return vec_t<A>{} + x;
+  return x - vec_t<A>{};
 }
 
 inline vec_t<float> load(const float* p) {
@@ -241,6 +242,30 @@ inline A horizontal_sum(vec_t<A> v) {
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   }
   return lanes[0];
+}
+
+// {sum of a, sum of b, sum of c, sum of d}: four dot products finished together.
+template <typename A>
+inline void horizontal_sums(vec_t<A> a, vec_t<A> b, vec_t<A> c, vec_t<A> d, A* sums) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(A) == 4) {
+#if defined(__AVX512F__)
+    const auto halve = [](vec_t<float> x) {
+      return _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+    };
+    const __m256 x = halve(a), y = halve(b), z = halve(c), w = halve(d);
+#else
+    const __m256 x = (__m256)a, y = (__m256)b, z = (__m256)c, w = (__m256)d;
+#endif
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(x, y), _mm256_hadd_ps(z, w));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return;
+  }
+#endif
+  sums[0] = horizontal_sum<A>(a);
+  sums[1] = horizontal_sum<A>(b);
+  sums[2] = horizontal_sum<A>(c);
+  sums[3] = horizontal_sum<A>(d);
 }
 
 // exp(x) for x <= 0 (or NaN), about 1 ulp; below -87.3 the result is 0.

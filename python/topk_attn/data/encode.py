@@ -112,23 +112,29 @@ def _by_spans(tokenizer: Tokenizer, messages: list[dict], turns: list[int]) -> t
 def _by_generation_tags(tokenizer: Tokenizer, messages: list[dict], turns: int) -> tuple[list, list]:
     """The mask of {% generation %} blocks, the last `turns` of them, each closed at its stop token."""
     ids, mask = tokenizer.encode_with_generation_tags(messages)
-    marked = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2)  # [begin, end) of each run of ones
-    if len(marked) < turns:
-        raise DataError(f"the template's generation blocks mark {len(marked)} of {turns} assistant turns")
-    special = tokenizer.special_ids
+    marked = np.flatnonzero(np.diff([0, *mask, 0])).reshape(-1, 2).tolist()  # [begin, end) of runs of ones
+    spoken = sum(message["role"] == "assistant" for message in messages)
+    if len(marked) != spoken:
+        raise DataError(
+            f"the template's generation blocks mark {len(marked)} places for {spoken} assistant turns"
+        )
     final = [0] * len(ids)
-    for begin, end in marked[len(marked) - turns :].tolist():
-        inside = [place for place in range(begin, end) if ids[place] in special]
-        if end < len(ids) and ids[end] in special and not inside:
-            end += 1  # the block ends before the stop token
-        elif inside:
-            end = inside[-1] + 1  # a line break of the template may follow it in the block
-        else:
-            raise DataError(
-                "no special token ends the template's generation block, so a model could not learn to stop"
-            )
+    for begin, end in marked[spoken - turns :]:
+        end = _stop_of_block(tokenizer, ids, begin, end)
         final[begin:end] = [1] * (end - begin)
     return ids, final
+
+
+def _stop_of_block(tokenizer: Tokenizer, ids: list[int], begin: int, end: int) -> int:
+    """Where the turn of a generation block [begin, end) ends: behind its stop token."""
+    last = max((place for place in range(begin, end) if ids[place] in tokenizer.special_ids), default=None)
+    if last is not None and not tokenizer.hf.decode(ids[last + 1 : end]).strip():
+        return last + 1  # a line break of the template may follow it in the block
+    if end < len(ids) and ids[end] in tokenizer.special_ids:
+        return end + 1  # the block leaves the stop token out
+    raise DataError(
+        "no special token ends the template's generation block, so a model could not learn to stop"
+    )
 
 
 def _pair(tokenizer: Tokenizer, pair: Sequence[str], options: EncodeOptions) -> list[tuple[list, list]]:

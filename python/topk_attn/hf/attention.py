@@ -36,6 +36,10 @@ _UNSUPPORTED = (
     "window_size",
 )
 
+# Calls of up to this many rows per sequence read keys where they lie, through the cache operator made for few
+# rows. Longer ones are worth a copy of the keys that count.
+_FEW_ROWS = 16
+
 _per_forward = layout.PerForward()
 
 
@@ -121,7 +125,7 @@ class _Attend:
         tq, tk = q.shape[1], k.shape[1]
         if self.is_dense(tq):
             return dense_attention(q, k, v, self.scale, self.causal)
-        if tq == tk or not self.causal or _needs_grad(q, k, v):
+        if tq == tk or tq > _FEW_ROWS or not self.causal or _needs_grad(q, k, v):
             return functional.topk_attn_func(q, k, v, causal=self.causal, **self.arguments)
         lengths = torch.full((q.shape[0],), tk, dtype=torch.int32, device=q.device)
         return functional.topk_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **self.arguments)
@@ -212,8 +216,13 @@ def _masked(
         ("documents", batch, tq, tk),
         lambda: _documents_of_mask(mask, kind, position_ids, tq, tk),
     )
-    if kind == "spans" and packing.whole_rows and not run.is_dense(tq) and not _needs_grad(q, k, v):
-        # No row is cut into documents and no copy of the keys is needed.
+    if (
+        kind == "spans"
+        and tq <= _FEW_ROWS
+        and packing.whole_rows
+        and not run.is_dense(tq)
+        and not _needs_grad(q, k, v)
+    ):
         begin, end = mask.reshape(batch, 2).unbind(1)
         return run.spans(q, k, v, begin, end)
     return run.packed(q, k, v, packing)

@@ -43,6 +43,7 @@ def topk_attention_mask(
     mask_function: Callable | None = None,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
+    use_vmap: bool = False,
     device: torch.device | str | None = None,
     config: Any = None,
     **kwargs: Any,
@@ -61,14 +62,14 @@ def topk_attention_mask(
             "not combine top-k with a window and never ignores one; use a config without it "
             "(sliding_window=None)"
         )
-    leaves = _leaves(mask_function)
+    tracing = torch.compiler.is_compiling()
+    leaves = _traced_leaves(mask_function, use_vmap) if tracing else _leaves(mask_function)
     unknown = leaves - _CAUSAL - _BIDIRECTIONAL
     if unknown:
         raise ValueError(
             f"the model asks for the mask pattern {', '.join(sorted(unknown))}: topk_attn knows causal and "
             "bidirectional attention with padding, and packed documents"
         )
-    tracing = torch.compiler.is_compiling()
     bidirectional = bool(leaves & _BIDIRECTIONAL)
     length = kv_length if bidirectional else q_offset + q_length
     known = not isinstance(length, Tensor)
@@ -127,3 +128,16 @@ def _leaves(function: Callable | None) -> set[str]:
         inner = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))["mask_function"]
         return {name} | _leaves(inner.cell_contents)
     return {name}
+
+
+def _traced_leaves(function: Callable | None, custom: bool) -> set[str]:
+    """As ``_leaves`` while tracing, where a function shows its name but not what it closes over.
+
+    transformers builds the intersections (``and_mask``) of a traced forward itself, for packed documents and
+    for windows; windows come with a local_size, and patterns of the model's own with ``use_vmap``.
+    """
+    if function is None:
+        return set()
+    if custom:
+        return {"of the model's own"}
+    return {"causal_mask_function"} if function.__name__ == "and_mask" else {function.__name__}

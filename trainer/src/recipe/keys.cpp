@@ -53,7 +53,7 @@ std::vector<Key> make_keys() {
        {"auto", "float32", "bfloat16"},
        {"torch_dtype"},
        {{"fp32", "float32"}, {"float", "float32"}, {"bf16", "bfloat16"}}},
-      {"model", "device", RECIPE_FIELD(model.device), kMustMatch, "Where to compute: cpu, cuda or cuda:N."},
+      {"model", "device", RECIPE_FIELD(model.device), kMayChange, "Where to compute: cpu, cuda or cuda:N."},
       {"model", "random_init", RECIPE_FIELD(model.random_init), kFree,
        "Start from random weights, drawn from train.seed, with the shapes of base_model's config.json, "
        "instead of "
@@ -189,7 +189,7 @@ std::vector<Key> make_keys() {
       {"train",
        "gradient_checkpointing",
        RECIPE_FIELD(train.gradient_checkpointing),
-       kMustMatch,
+       kMayChange,
        "Keep only the input of each layer and recompute the rest in the backward pass: less memory, about a "
        "third "
        "more time.",
@@ -198,7 +198,7 @@ std::vector<Key> make_keys() {
        {"enable_activation_checkpointing", "activation_checkpointing"}},
       {"train", "seed", RECIPE_FIELD(train.seed), kMustMatch,
        "Seed of the data order, of random_init and of sampled generations.", between(0, kMaxInt)},
-      {"train", "deterministic", RECIPE_FIELD(train.deterministic), kMustMatch,
+      {"train", "deterministic", RECIPE_FIELD(train.deterministic), kMayChange,
        "Refuse operations whose result may differ from run to run. On the cpu training is deterministic "
        "anyway for "
        "one number of threads."},

@@ -1,11 +1,28 @@
 #include "train/run_log.h"
 
 #include <chrono>
+#include <fstream>
 
 namespace topk_sft {
 
+namespace {
+
+bool ends_inside_a_line(const std::string& path) {
+  std::ifstream file(path, std::ios::binary | std::ios::ate);
+  if (!file || file.tellg() <= 0) return false;
+  file.seekg(-1, std::ios::end);
+  return file.get() != '\n';
+}
+
+}  // namespace
+
 RunLog::RunLog(const std::string& output_dir, bool jsonl, bool tensorboard) {
-  if (jsonl) jsonl_ = std::make_unique<AppendFile>(output_dir + "/train.jsonl");
+  if (jsonl) {
+    const std::string path = output_dir + "/train.jsonl";
+    const bool cut_short = ends_inside_a_line(path);
+    jsonl_ = std::make_unique<AppendFile>(path);
+    if (cut_short) jsonl_->append("\n");  // what a crash left of a line stays a line of its own
+  }
   if (tensorboard) tensorboard_ = std::make_unique<TensorBoardWriter>(output_dir + "/tensorboard");
 }
 

@@ -17,8 +17,8 @@
 #include "train/checkpoint.h"
 #include "train/checkpoint_dir.h"
 #include "train/console.h"
+#include "train/device.h"
 #include "train/evaluate.h"
-#include "train/peak.h"
 #include "train/run_log.h"
 #include "train/sampling.h"
 #include "train/signals.h"
@@ -273,7 +273,7 @@ void Run::report(const StepResult& result, const StepPlan& micro_batches, double
   const double mfu = flops.spent / seconds / peak_flops_;
   const double mfu_dense = flops.dense / seconds / peak_flops_;
   const double tokens_per_second = static_cast<double>(result.tokens) / seconds;
-  const double memory = resident_bytes();
+  const double memory = memory_in_use(optimizer_.masters().front().second.device());
   const double epoch =
       static_cast<double>(state_.sampler.epoch) +
       static_cast<double>(state_.sampler.position) / static_cast<double>(plan_.train.bins.size());

@@ -1,4 +1,4 @@
-// The device's peak rate, for MFU.
+// Figures of the device that trains: its peak rate, for MFU, and the memory in use.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -9,5 +9,8 @@ namespace topk_sft {
 // FLOP/s of a square matrix product of that type on the device: the best of a few, a fraction of a second in
 // all.
 double measured_peak_flops(at::Device device, at::ScalarType dtype);
+
+// Memory in use, in bytes: of this process on the CPU, of the tensor library's allocator on another device.
+double memory_in_use(at::Device device);
 
 }  // namespace topk_sft

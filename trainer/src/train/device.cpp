@@ -1,12 +1,15 @@
-#include "train/peak.h"
+#include "train/device.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/CachingDeviceAllocator.h>
 
 #include <algorithm>
 #include <chrono>
+
+#include "train/console.h"
 
 namespace topk_sft {
 
@@ -26,6 +29,12 @@ double measured_peak_flops(at::Device device, at::ScalarType dtype) {
   }
   const auto size = static_cast<double>(n);
   return 2 * size * size * size / best;
+}
+
+double memory_in_use(at::Device device) {
+  if (device.is_cpu()) return resident_bytes();
+  const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
+  return static_cast<double>(stats.reserved_bytes[0].current);  // [0]: all pools together
 }
 
 }  // namespace topk_sft
