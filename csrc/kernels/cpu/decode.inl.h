@@ -34,12 +34,12 @@ class Decode {
 
  private:
   static constexpr int64_t kMaxScores = int64_t{1} << 22;  // 16 MiB of float32 scores
-  static constexpr int64_t kKeysPerTask = 2048;
+  static constexpr int64_t kKeysPerTask = 1024;
+  static constexpr int64_t kPanelsAhead = 3;
 
   struct Panel {
     Buffer<A> keys;
-    Buffer<A> q;
-    Panel(int64_t dim, int64_t max_rows) : keys(kPanel<A> * dim), q(max_rows * dim) {}
+    explicit Panel(int64_t dim) : keys(kPanel<A> * dim) {}
   };
 
   int64_t rows(const Block& block) const { return block.tokens * blocks_.group; }
@@ -62,10 +62,13 @@ class Decode {
   }
 
   void run_blocks(int64_t first, int64_t last) {
+    // Where each block's query rows and scores lie in the wave's scratch.
+    Buffer<int64_t> q_offsets(last - first + 1);
     Buffer<int64_t> offsets(last - first + 1);
-    offsets[0] = 0;
+    q_offsets[0] = offsets[0] = 0;
+    // Blocks of one (sequence, KV head) share each packed panel.
     struct Task {
-      int64_t block;
+      int64_t first, last;
       int64_t panel, panels;
     };
     std::vector<Task> score_tasks;
@@ -75,43 +78,73 @@ class Decode {
     std::vector<Row> row_tasks;
     for (int64_t b = first; b < last; ++b) {
       const Block& block = blocks_.list[b];
+      q_offsets[b - first + 1] = q_offsets[b - first] + rows(block) * problem_.head_dim;
       offsets[b - first + 1] = offsets[b - first] + rows(block) * stride(block);
-      const Span last_seen = seen(block, block.tokens - 1);
-      const int64_t panels = panels_of<A>(last_seen.end);
-      const int64_t step = kKeysPerTask / kPanel<A>;
-      for (int64_t i = last_seen.size() > 0 ? last_seen.begin / kPanel<A> : panels; i < panels; i += step) {
-        score_tasks.push_back({b, i, std::min(step, panels - i)});
-      }
       for (int64_t t = 0; t < block.tokens; ++t) {
         for (int64_t g = 0; g < (problem_.kv_group ? 1 : blocks_.group); ++g) row_tasks.push_back({b, t, g});
       }
     }
+    for (int64_t b = first; b < last;) {
+      int64_t end = b;
+      while (end < last && blocks_.list[end].sequence == blocks_.list[b].sequence &&
+             blocks_.list[end].kv_head == blocks_.list[b].kv_head) {
+        ++end;
+      }
+      const Span most = seen(blocks_.list[end - 1], blocks_.list[end - 1].tokens - 1);
+      const int64_t panels = panels_of<A>(most.end);
+      const int64_t step = kKeysPerTask / kPanel<A>;
+      for (int64_t i = most.size() > 0 ? most.begin / kPanel<A> : panels; i < panels; i += step) {
+        score_tasks.push_back({b, end, i, std::min(step, panels - i)});
+      }
+      b = end;
+    }
+    Buffer<A> q(q_offsets[last - first]);
     Buffer<A> scores(offsets[last - first]);
+
+    auto load_queries = [&](int64_t index, int64_t) {
+      const Block& block = blocks_.list[first + index];
+      load_rows<T>(p_.q, problem_.sequences[block.sequence], block, blocks_.group, problem_.head_dim,
+                   q.data() + q_offsets[index]);
+    };
+    parallel(executor_, last - first, load_queries);
 
     auto score = [&](int64_t index, int64_t worker) {
       const Task& task = score_tasks[index];
-      const Block& block = blocks_.list[task.block];
-      const Sequence& seq = problem_.sequences[block.sequence];
-      Panel& panel = panels_.get(worker, problem_.head_dim, blocks_.max_rows);
-      load_rows<T>(p_.q, seq, block, blocks_.group, problem_.head_dim, panel.q.data());
+      const int64_t kv_head = blocks_.list[task.first].kv_head;
+      const Sequence& seq = problem_.sequences[blocks_.list[task.first].sequence];
+      Panel& panel = panels_.get(worker, problem_.head_dim);
       for (int64_t i = task.panel; i < task.panel + task.panels; ++i) {
         const int64_t key = i * kPanel<A>;
+        if (i + kPanelsAhead < task.panel + task.panels)
+          prefetch(seq, kv_head, key + kPanelsAhead * kPanel<A>);
         // Rows past the valid keys are not read: they may be anything.
         const int n = static_cast<int>(std::min<int64_t>(kPanel<A>, seq.tk - key));
-        pack_panel<T>([&](int r) { return row(p_.k, seq.batch, key + r, block.kv_head); }, n,
-                      problem_.head_dim, panel.keys.data());
-        score_panel<A>(rows(block), panel.q.data(), problem_.head_dim, panel.keys.data(),
-                       scores.data() + offsets[task.block - first] + key, stride(block));
+        pack_panel<T>([&](int r) { return row(p_.k, seq.batch, key + r, kv_head); }, n, problem_.head_dim,
+                      panel.keys.data());
+        for (int64_t b = task.first; b < task.last; ++b) {
+          const Block& block = blocks_.list[b];
+          if (stride(block) <= key) continue;  // none of its rows sees this panel
+          score_panel<A>(rows(block), q.data() + q_offsets[b - first], problem_.head_dim, panel.keys.data(),
+                         scores.data() + offsets[b - first] + key, stride(block));
+        }
       }
     };
     parallel(executor_, static_cast<int64_t>(score_tasks.size()), score);
 
     auto attend = [&](int64_t index, int64_t worker) {
       const Row& task = row_tasks[index];
-      const Block& block = blocks_.list[task.block];
-      finish(block, task.t, task.g, scores.data() + offsets[task.block - first], worker);
+      finish(blocks_.list[task.block], task.t, task.g, scores.data() + offsets[task.block - first], worker);
     };
     parallel(executor_, static_cast<int64_t>(row_tasks.size()), attend);
+  }
+
+  // Asks for the cache lines of one panel's key rows: their stride defeats the hardware's own guess.
+  void prefetch(const Sequence& seq, int64_t kv_head, int64_t key) const {
+    const int64_t bytes = problem_.head_dim * static_cast<int64_t>(sizeof(T));
+    for (int64_t r = 0; r < kPanel<A> && key + r < seq.tk; ++r) {
+      const char* line = reinterpret_cast<const char*>(row(p_.k, seq.batch, key + r, kv_head));
+      for (int64_t c = 0; c < bytes; c += 64) __builtin_prefetch(line + c);
+    }
   }
 
   // Selects and attends row (t, g) of a block; with one set per KV group, all rows of token t.

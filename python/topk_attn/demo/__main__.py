@@ -22,6 +22,7 @@ from pathlib import Path
 import yaml
 
 from . import corpus, download, evaluate, generate, native, parity, report
+from .models import load_model
 from .stages import Stages, duration
 
 RUNS = ("topk", "dense")
@@ -169,7 +170,7 @@ def measure(plan: Plan, models: dict[str, Path], dtype) -> dict:
     losses: dict = {}
     with tqdm(total=total, desc="  evaluating", unit=" rows", disable=not sys.stderr.isatty()) as bar:
         for name, folder in models.items():
-            model = evaluate.load(folder, plan.device, dtype)
+            model = load_model(folder, dtype).to(plan.device)
             losses[name] = {}
             for mode in evaluate.MODES:
                 evaluate.set_mode(model, mode)

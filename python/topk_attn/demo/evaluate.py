@@ -79,14 +79,6 @@ def _pack(documents: list[tuple[np.ndarray, np.ndarray]]) -> Row:
     return Row(tensor(ids)[None], tensor(positions)[None], tensor(targets))
 
 
-def load(folder: Path, device: str, dtype: torch.dtype):
-    """The model of a Hugging Face folder, with dense attention whatever its config says."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
-    return model.to(device).eval()
-
-
 def set_mode(model, mode: Mode) -> None:
     """Makes the model attend as `mode` says, and fails if it would not."""
     if mode.budget is None:

@@ -33,6 +33,7 @@ from torch import Tensor
 import topk_attn
 
 from . import download, native
+from .models import load_model, token_ids
 
 # The scale never changes the order; so small a one keeps the probability of every kept key far from zero.
 _FLAT_SCALE = 1e-6
@@ -348,7 +349,7 @@ def capture(
     """q (1, T, H, D), k, v (1, T, Hkv, D) after RoPE, float32, of the given layers on the first `tokens` of
     `text`.
     """
-    from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AttentionInterface, AutoConfig
 
     captured = {}
 
@@ -365,10 +366,8 @@ def capture(
     if not layers or min(layers) < 0 or max(layers) >= config.num_hidden_layers:
         raise ValueError(f"layers must be in [0, {config.num_hidden_layers}), got {layers}")
     # Later layers do not change the earlier ones.
-    model = AutoModelForCausalLM.from_pretrained(
-        model_folder, dtype=torch.float32, attn_implementation="record_qkv", num_hidden_layers=max(layers) + 1
-    )
-    ids = AutoTokenizer.from_pretrained(model_folder)(text[: tokens * 12], return_tensors="pt")["input_ids"]
+    model = load_model(model_folder, torch.float32, "record_qkv", layers=max(layers) + 1)
+    ids = token_ids(model_folder, text[: tokens * 12])
     if ids.shape[1] < tokens:
         raise ValueError(f"the text has {ids.shape[1]} tokens, fewer than {tokens}")
     with torch.no_grad():
