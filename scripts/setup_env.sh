@@ -30,7 +30,7 @@ key=$(cat scripts/setup_env.sh "${files[@]}" requirements/noroot.txt | sha256sum
 if [ -x .venv/bin/python ] && [ "$(cat "$stamp" 2>/dev/null)" = "$key" ]; then exit 0; fi
 
 # --- system packages ---------------------------------------------------------------------------------------------------
-has_header() { echo "#include <$1>" | "${CXX:-c++}" -E -x c++ -DPCRE2_CODE_UNIT_WIDTH=8 - >/dev/null 2>&1; }
+has_header() { echo "#include <$1>" | "${CXX:-c++}" -E -x c++ - >/dev/null 2>&1; }
 
 missing_packages() {
   command -v "${CXX:-c++}" >/dev/null || echo g++
@@ -39,7 +39,6 @@ missing_packages() {
 sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' || echo python3-dev
   has_header yaml-cpp/yaml.h || echo libyaml-cpp-dev
   has_header nlohmann/json.hpp || echo nlohmann-json3-dev
-  has_header pcre2.h || echo libpcre2-dev
   command -v ccache >/dev/null || echo ccache
   if [ "$profile" = test ]; then
     has_header catch2/catch.hpp || has_header catch2/catch_all.hpp || echo catch2

@@ -12,7 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from install_helpers import ROOT, SOURCE_FOLDERS, WORK, Installation, make_environment, succeed
+from install_helpers import ROOT, SOURCE_FOLDERS, WORK, Installation, make_environment, succeed, tools
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +62,6 @@ def installed(sources) -> Installation:
     """`pip install .` with build isolation, in an environment that holds torch."""
     environment = make_environment("venv", with_torch=True)
     # Warnings are errors here too, which also makes the flags those of `make test`.
-    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON"}
+    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON"} | tools()
     done = succeed([environment.python, "-m", "pip", "install", "-v", "."], cwd=sources, env=flags)
     return Installation(environment, done.stdout + done.stderr)

@@ -89,6 +89,21 @@ def torch_site() -> Path:
     return WORK / "src" / inside
 
 
+def tools() -> dict[str, str]:
+    """PATH with the cmake and ninja of this environment in front, which pip's isolation would break.
+
+    The same CMake as the tree's own build writes the same compiler commands, which ccache then knows.
+    """
+    folder = WORK / "tools"
+    folder.mkdir(exist_ok=True)
+    for name in ("cmake", "ninja"):
+        program = Path(sys.executable).parent / name
+        if program.is_file():
+            (folder / name).write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {program} "$@"\n')
+            (folder / name).chmod(0o755)
+    return {"PATH": os.pathsep.join([str(folder), CLEAN_ENV["PATH"]])}
+
+
 class Installation(NamedTuple):
     """An environment with the package in it, and what pip said."""
 

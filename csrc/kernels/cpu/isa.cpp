@@ -23,21 +23,17 @@ namespace TOPK_ISA {
 namespace {
 // Everything in here has internal linkage: code compiled for one instruction set must never be merged with
 // another's.
+// Each file needs the ones before it.
+// clang-format off
 #include "cpu/simd.inl.h"
-// (order)
 #include "cpu/scores.inl.h"
-// (order)
 #include "cpu/select.inl.h"
-// (order)
 #include "cpu/attend.inl.h"
-// (order)
 #include "cpu/blocks.inl.h"
-// (order)
 #include "cpu/forward.inl.h"
-// (order)
 #include "cpu/backward.inl.h"
-// (order)
 #include "cpu/decode.inl.h"
+// clang-format on
 }  // namespace
 
 extern const KernelTable kTable;

@@ -14,29 +14,51 @@ inline int64_t panels_of(int64_t keys) {
   return (keys + kPanel<A> - 1) / kPanel<A>;
 }
 
+#if defined(__AVX2__)
+// Eight channels as float32, whatever the width of this instruction set's own vectors.
+inline __m256 load8(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+inline __m256 load8(const BFloat16* p) {
+  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+}
+inline __m256 load8(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Transposes eight channels of eight rows in registers: out[c * out_stride + i] is channel c of row i.
+template <typename T>
+inline void transpose8(const T* const* rows, int64_t channel, float* out, int64_t out_stride) {
+  __m256 r[8];
+  __m256 t[8];
+  for (int i = 0; i < 8; ++i) r[i] = load8(rows[i] + channel);
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    const __m256 a = t[4 * half], b = t[4 * half + 1], c = t[4 * half + 2], d = t[4 * half + 3];
+    r[4 * half] = _mm256_shuffle_ps(a, c, 0x44);
+    r[4 * half + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    r[4 * half + 2] = _mm256_shuffle_ps(b, d, 0x44);
+    r[4 * half + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
 // Transposes an L x L block: lane i of out[c] is channel c of row i.
 template <typename T, typename A = acc_t<T>>
 inline void transpose_block(const T* const* rows, int64_t channel, A* out, int64_t out_stride) {
   constexpr int L = Vec<A>::kLanes;
 #if defined(__AVX2__)
-  if constexpr (sizeof(A) == 4 && L == 8) {
-    __m256 r[8];
-    for (int i = 0; i < 8; ++i) r[i] = (__m256)load(rows[i] + channel);
-    __m256 t[8];
-    for (int i = 0; i < 4; ++i) {
-      t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-      t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-    }
-    for (int half = 0; half < 2; ++half) {
-      const __m256 a = t[4 * half], b = t[4 * half + 1], c = t[4 * half + 2], d = t[4 * half + 3];
-      r[4 * half] = _mm256_shuffle_ps(a, c, 0x44);
-      r[4 * half + 1] = _mm256_shuffle_ps(a, c, 0xee);
-      r[4 * half + 2] = _mm256_shuffle_ps(b, d, 0x44);
-      r[4 * half + 3] = _mm256_shuffle_ps(b, d, 0xee);
-    }
-    for (int i = 0; i < 4; ++i) {
-      _mm256_storeu_ps(out + i * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
-      _mm256_storeu_ps(out + (i + 4) * out_stride, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  if constexpr (sizeof(A) == 4) {
+    for (int i = 0; i < L; i += 8) {
+      for (int c = 0; c < L; c += 8) transpose8(rows + i, channel + c, out + c * out_stride + i, out_stride);
     }
     return;
   }

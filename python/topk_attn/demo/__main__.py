@@ -51,14 +51,14 @@ class Plan:
         trained = self.steps * self.sequence_len / 1024
         held_out = (self.eval_essays * self.sequence_len + self.eval_questions * 90) / 1024
         native_eval = 3 * self.eval_essays * self.sequence_len / 1024
-        run = 4 + 10 * trained + 2.7 * native_eval
+        run = 10 + 6.5 * trained + 1.8 * native_eval
         return {
             "Model and text from PyPI": 5,
             "Held-out split and token shards": 8,
-            "The same keys on every path": 0.1 * self.parity_tokens,
+            "The same keys on every path": 0.09 * self.parity_tokens,
             "Fine-tuning with top-k attention": run,
             "Fine-tuning its dense twin": run,
-            "Held-out loss of three models": 10 + 9 * 2.7 * held_out,
+            "Held-out loss of three models": 10 + 9 * 2.5 * held_out,
             "Generations": 30,
             "Report": 2,
         }
@@ -68,6 +68,12 @@ def recipe_of(plan: Plan, run: str) -> Path:
     return plan.recipes / f"demo-{run}.yaml"
 
 
+def _short(path: Path) -> Path:
+    """The path relative to the current folder if it lies in it: commands are shown with it."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def make_plan(options: argparse.Namespace) -> Plan:
     recipe = options.recipes / "demo-topk.yaml"
     if not recipe.is_file():
@@ -75,14 +81,14 @@ def make_plan(options: argparse.Namespace) -> Plan:
     settings = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     quick = options.quick
     return Plan(
-        output=options.output,
-        downloads=options.downloads,
-        recipes=options.recipes,
+        output=_short(options.output),
+        downloads=_short(options.downloads),
+        recipes=_short(options.recipes),
         device=options.device,
         steps=options.steps or (2 if quick else settings["train"]["max_steps"]),
         sequence_len=options.sequence_len or (128 if quick else settings["data"]["sequence_len"]),
-        eval_essays=1 if quick else settings["train"]["max_eval_batches"],
-        eval_questions=4 if quick else 32,
+        eval_essays=1 if quick else 4,
+        eval_questions=4 if quick else 24,
         seed=settings["train"]["seed"],
         parity_tokens=96 if quick else 512,
         parity_layers=(0, 1) if quick else (0, 14, 29),
@@ -101,8 +107,8 @@ def prepare_output(folder: Path) -> None:
     mark.write_text("written by python -m topk_attn.demo, which replaces this folder\n", encoding="utf-8")
 
 
-def prepare_data(plan: Plan, model: Path) -> dict:
-    """Text to token shards; name of the shard -> its sizes."""
+def prepare_data(plan: Plan, model: Path) -> tuple[dict, corpus.Split]:
+    """Text to token shards. Returns name of the shard -> its sizes, and what is held out."""
     data = plan.output / "data"
     data.mkdir()
     train, held = corpus.split(
@@ -133,7 +139,7 @@ def prepare_data(plan: Plan, model: Path) -> dict:
     for name, size in sizes.items():
         print(f"  {name}: {size['documents']:,} documents, {size['tokens']:,} tokens, ", end="")
         print(f"{size['loss_tokens']:,} of them targets")
-    return sizes
+    return sizes, held
 
 
 def train(plan: Plan, model: Path, run: str) -> Path:
@@ -146,11 +152,10 @@ def train(plan: Plan, model: Path, run: str) -> Path:
         "model.base_model": str(model),
         "model.device": plan.device,
         "data.train_files": [shards["train"]],
-        "data.eval_files": [shards["eval-essays"], shards["eval-dialogs"]],
+        "data.eval_files": [shards["eval-essays"]],
         "data.sequence_len": plan.sequence_len,
         "train.max_steps": plan.steps,
         "train.eval_steps": max(1, plan.steps // 2),
-        "train.max_eval_batches": plan.eval_essays,
         "checkpoint.output_dir": str(plan.output / run),
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -174,9 +179,10 @@ def measure(plan: Plan, models: dict[str, Path], dtype) -> dict:
             losses[name] = {}
             for mode in evaluate.MODES:
                 evaluate.set_mode(model, mode)
-                losses[name][mode.name] = {
-                    kind: evaluate.loss(model, of_kind, bar.update) for kind, of_kind in rows.items()
-                }
+                nats = {kind: evaluate.loss(model, of_kind, bar.update) for kind, of_kind in rows.items()}
+                losses[name][mode.name] = nats
+                found = ", ".join(f"{kind} {value:.4f}" for kind, value in nats.items())
+                bar.write(f"  {name + ' model, ' + mode.label + ':':28s} {found}", file=sys.stdout)
     return losses
 
 
@@ -233,7 +239,7 @@ def run(plan: Plan) -> dict:
         download.dialogs(plan.downloads)
     prepare_output(plan.output)
     with stages.stage(next(names)):
-        result["data"] = prepare_data(plan, original)
+        result["data"], held = prepare_data(plan, original)
     with stages.stage(next(names)):
         budgets = [mode.budget for mode in evaluate.MODES if mode.budget]
         counts = parity.run(original, text, plan.parity_tokens, list(plan.parity_layers), budgets)
@@ -247,8 +253,9 @@ def run(plan: Plan) -> dict:
         result["losses"] = measure(plan, models, dtype)
         show_losses(result["losses"])
     with stages.stage(next(names)):
+        name = str(dtype).removeprefix("torch.")
         result["generations"] = generate.run(
-            plan.output, models, plan.new_tokens, plan.device, str(dtype).removeprefix("torch.")
+            plan.output, models, held.essays, plan.new_tokens, plan.device, name
         )
     with stages.stage(next(names)):
         result["curves"] = curves(plan)
@@ -268,7 +275,7 @@ def run(plan: Plan) -> dict:
     return result
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m topk_attn.demo",
         description=__doc__.split("\n", 1)[1].strip(),
@@ -287,11 +294,19 @@ def main(arguments: list[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < 2:
             parser.error(f"--{name.replace('_', '-')} must be at least 2, got {value}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     try:
         result = run(make_plan(options))
     except (OSError, RuntimeError, ValueError) as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
     different = [name for name, count in result["parity"].items() if any(count["rows_different"].values())]
     different += [name for name, count in result["parity"].items() if count["cpp_bytes_different"]]
     if different:

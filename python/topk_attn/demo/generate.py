@@ -9,12 +9,13 @@ from pathlib import Path
 from . import native
 from .evaluate import MODES, Mode
 
-# None of these questions is in the training text; the first two are held out from the dialogs.
-PROMPTS = (
+# The first two are held out; the third is not in the training text either.
+QUESTIONS = (
     "What is the largest planet in our solar system?",
-    "what is thermodynamics",
+    "Who is your father",
     "What is the capital of France?",
 )
+_OPENING = 2000  # at most so many characters of a held-out essay, to be continued
 
 # (model, mode, what the report calls it)
 _ANSWERS = (
@@ -34,12 +35,24 @@ def attention_options(mode: Mode) -> list[str]:
     ]
 
 
-def run(output: Path, models: dict[str, Path], new_tokens: int, device: str, dtype: str) -> list[dict]:
-    """Answers of the models to PROMPTS: [{"prompt", "answers": [{"label", "text", "tokens_per_second"}]}]."""
-    prompts = output / "prompts.safetensors"
+def run(
+    output: Path, models: dict[str, Path], essays: dict[str, str], new_tokens: int, device: str, dtype: str
+) -> list[dict]:
+    """The models' continuations of the first of the held-out `essays` and their answers to QUESTIONS.
+
+    Returns:
+        For each prompt {"prompt", "answers": [{"label", "text", "tokens_per_second"}]}.
+    """
+    name, text = next(iter(essays.items()))
+    opening, prompts = output / "data" / "opening.txt", output / "data" / "prompts.safetensors"
+    # Whole sentences, so that no model has to guess the end of a word.
+    text = text[: text.rindex(". ", 0, _OPENING) + 1]
+    opening.write_text(text, encoding="utf-8")
     command = [sys.executable, "-m", "topk_attn.data", "tokens", "--model", str(models["original"])]
-    native.run([*command, "--output", str(prompts), *(part for text in PROMPTS for part in ("--user", text))])
-    entries = [{"prompt": text, "answers": []} for text in PROMPTS]
+    command += ["--output", str(prompts), "--prompt-file", str(opening)]
+    native.run([*command, *(part for question in QUESTIONS for part in ("--user", question))])
+    asked = [f"(continue the held-out essay {name!r} after {len(text):,} characters)", *QUESTIONS]
+    entries = [{"prompt": prompt, "answers": []} for prompt in asked]
     for model, mode, label in _ANSWERS:
         command = [native.program("topk-generate"), "--model", str(models[model]), "--prompts", str(prompts)]
         command += [
