@@ -10,6 +10,10 @@
 #include "checks.h"
 #include "params.h"
 
+#if !defined(INTRA_OP_PARALLEL)
+#error "at::parallel_for would run on one thread: compile with OpenMP (-fopenmp)"
+#endif
+
 namespace topk_attn {
 
 inline DType dtype_of(const Tensor& t) {

@@ -87,12 +87,15 @@ def test_loss_of_packed_rows_is_the_loss_of_the_documents(tmp_path, mode):
     assert evaluate.loss(model, evaluate.rows_of(shard, 64)) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_another_folder_is_never_replaced(tmp_path):
+def test_only_results_of_a_demo_are_replaced(tmp_path):
     output = tmp_path / "output"
     demo.prepare_output(output)
     (output / "report.md").write_text("old")
+    (output / "data").mkdir()
+    (output / "notes.txt").write_text("mine")
     demo.prepare_output(output)
-    assert not (output / "report.md").exists()
+    assert not (output / "report.md").exists() and not (output / "data").exists()
+    assert (output / "notes.txt").read_text() == "mine"
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")

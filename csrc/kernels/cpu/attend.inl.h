@@ -1,5 +1,16 @@
 // One row's attention over its kept keys: softmax, weighted sum of V rows, and the gathers of the backward.
 
+// Rows asked for this many list entries ahead: kept rows lie anywhere in K and V, so the hardware cannot
+// guess them.
+inline constexpr int64_t kRowsAhead = 8;
+
+template <typename T>
+inline void prefetch_channels(const T* x, int64_t channels) {
+  const char* line = reinterpret_cast<const char*>(x);
+  const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b);
+}
+
 // out = (initial ? out : 0) + sum over the list of weights[i] * row(positions[i]), in list order, for N
 // vectors of channels from `c0`.
 template <typename T, int N, typename Row>
@@ -11,6 +22,7 @@ inline void gather_sum(const int32_t* positions, const acc_t<T>* weights, int64_
 #pragma GCC unroll 8
   for (int u = 0; u < N; ++u) acc[u] = initial ? load(out + c0 + u * L) : vec_t<A>{};
   for (int64_t i = 0; i < count; ++i) {
+    if (!initial && i + kRowsAhead < count) prefetch_channels(row(positions[i + kRowsAhead]) + c0, N * L);
     const T* x = row(positions[i]) + c0;
     const vec_t<A> weight = splat(weights[i]);
 #pragma GCC unroll 8
@@ -34,6 +46,7 @@ inline void gather_dot(const int32_t* positions, int64_t count, Row row, int64_t
     vec_t<A> sums[4];
 #pragma GCC unroll 4
     for (int e = 0; e < 4; ++e) {
+      if (i + e + kRowsAhead < count) prefetch_channels(row(positions[i + e + kRowsAhead]) + c0, N * L);
       const T* other = row(positions[e < here ? i + e : i]) + c0;
       sums[e] = vec_t<A>{};
 #pragma GCC unroll 8

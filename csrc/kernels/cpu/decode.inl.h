@@ -36,6 +36,7 @@ class Decode {
   static constexpr int64_t kMaxScores = int64_t{1} << 22;  // 16 MiB of float32 scores
   static constexpr int64_t kKeysPerTask = 1024;
   static constexpr int64_t kPanelsAhead = 3;
+  static constexpr int64_t kSmall = int64_t{1} << 15;  // query channels copied without threads
 
   struct Panel {
     Buffer<A> keys;
@@ -106,7 +107,11 @@ class Decode {
       load_rows<T>(p_.q, problem_.sequences[block.sequence], block, blocks_.group, problem_.head_dim,
                    q.data() + q_offsets[index]);
     };
-    parallel(executor_, last - first, load_queries);
+    if (q_offsets[last - first] < kSmall) {  // waking the threads would take longer
+      for (int64_t b = first; b < last; ++b) load_queries(b - first, 0);
+    } else {
+      parallel(executor_, last - first, load_queries);
+    }
 
     auto score = [&](int64_t index, int64_t worker) {
       const Task& task = score_tasks[index];

@@ -26,7 +26,8 @@ from .models import load_model
 from .stages import Stages, duration
 
 RUNS = ("topk", "dense")
-_MARK = "topk-attn-demo"  # a file that says: this folder is an earlier demo's, it may be replaced
+_RESULTS = ("data", "topk", "dense", "curves.png", "report.json", "report.md")
+_MARK = "topk-attn-demo"  # a file that says: this folder is a demo's, the results in it may be replaced
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,15 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def prepare_output(folder: Path) -> None:
-    """An empty folder for this run. An earlier demo's is replaced; anything else is left alone."""
+    """A folder for this run. What an earlier demo wrote there is removed; anything else is left alone."""
     mark = folder / _MARK
-    if folder.exists():
-        if any(folder.iterdir()) and not mark.is_file():
-            raise FileExistsError(f"{folder} exists and is not an earlier demo's: give another --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    mark.write_text("written by python -m topk_attn.demo, which replaces this folder\n", encoding="utf-8")
+    if folder.exists() and any(folder.iterdir()) and not mark.is_file():
+        raise FileExistsError(f"{folder} exists and is not an earlier demo's: give another --output")
+    for name in _RESULTS:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.write_text(f"python -m topk_attn.demo replaces here: {', '.join(_RESULTS)}\n", encoding="utf-8")
 
 
 def prepare_data(plan: Plan, model: Path) -> tuple[dict, corpus.Split]:
@@ -160,7 +162,10 @@ def train(plan: Plan, model: Path, run: str) -> Path:
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     native.run([native.program("topk-sft"), str(recipe_of(plan, run)), *overrides])
-    return plan.output / run / "final"
+    trained = plan.output / run / "final"
+    if not trained.is_dir():
+        raise RuntimeError(f"topk-sft was stopped before the end of the run: {trained} is not there")
+    return trained
 
 
 def measure(plan: Plan, models: dict[str, Path], dtype) -> dict:

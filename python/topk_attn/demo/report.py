@@ -55,10 +55,10 @@ def _comparison(result: dict) -> str:
     mode = MODES[1]
     dense, topk = (result["losses"][model][mode.name]["essays"] for model in ("dense", "topk"))
     original = result["losses"]["original"]
+    lost = original[mode.name]["essays"] - original["dense"]["essays"]
     return (
-        f"On the essays, {mode.label} costs the original model "
-        f"{original[mode.name]['essays'] - original['dense']['essays']:+.3f} nats. Fine-tuned with dense attention "
-        f"it is at {dense:.3f} under {mode.label}; fine-tuned with {mode.label} it is at {topk:.3f} "
+        f"On the essays, {mode.label} costs the original model {lost:+.3f} nats. Fine-tuned with dense "
+        f"attention it is at {dense:.3f} under {mode.label}, and with {mode.label} at {topk:.3f} "
         f"({topk - dense:+.3f})."
     )
 
