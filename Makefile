@@ -52,13 +52,14 @@ pytest:
 	TOPK_BUILD_DIR=$(CURDIR)/build/test $(PY) -m pytest $(PYTEST_ARGS)
 
 lint:
-	$(VENV)/clang-format --dry-run -Werror $(CXX_FILES)
+	@echo "clang-format --dry-run -Werror: $(words $(CXX_FILES)) files"
+	@$(VENV)/clang-format --dry-run -Werror $(CXX_FILES)
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
 
 format:
 	scripts/setup_env.sh test
-	$(VENV)/clang-format -i $(CXX_FILES)
+	@$(VENV)/clang-format -i $(CXX_FILES)
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 
