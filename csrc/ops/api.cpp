@@ -7,10 +7,6 @@
 namespace topk_attn {
 namespace {
 
-OptSymInt symbolic(const std::optional<int64_t>& x) {
-  return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
-}
-
 SelectionArgs selection_of(const Options& o) {
   return {o.causal, symbolic(o.topk), o.ratio,         SymInt(o.min_keys), symbolic(o.max_keys),
           o.select, SymInt(o.sink),   SymInt(o.recent)};

@@ -87,8 +87,6 @@ std::vector<int64_t> row_sizes(const Shape& shape, std::optional<int64_t> extra)
 
 namespace {
 
-using OptInt = std::optional<int64_t>;
-
 // The kept lists are large, written once and read once: with 4 KiB pages their faults cost as much as the
 // lists.
 void prefer_huge_pages(const Tensor& t) {
@@ -99,10 +97,6 @@ void prefer_huge_pages(const Tensor& t) {
   // Advice: where the system does not take it, nothing is lost but time.
   if (end > begin) (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-}
-
-OptSymInt symbolic(const OptInt& x) {
-  return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
 }
 
 // Selection, and attention when v is defined.

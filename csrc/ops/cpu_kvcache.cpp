@@ -9,12 +9,6 @@
 namespace topk_attn {
 namespace {
 
-using OptInt = std::optional<int64_t>;
-
-OptSymInt symbolic(const OptInt& x) {
-  return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
-}
-
 // Rows written for one sequence must not appear in another.
 void check_writable(const Tensor& cache, const char* name) {
   TORCH_CHECK(at::has_internal_overlap(cache) != at::MemOverlap::Yes, "topk_attn: ", name,

@@ -15,7 +15,12 @@ namespace topk_attn {
 using at::Tensor;
 using c10::SymInt;
 using OptTensor = std::optional<Tensor>;
+using OptInt = std::optional<int64_t>;
 using OptSymInt = std::optional<SymInt>;
+
+inline OptSymInt symbolic(const OptInt& x) {
+  return x.has_value() ? OptSymInt(SymInt(*x)) : std::nullopt;
+}
 
 // The arguments that follow the tensors in every schema, in schema order.
 struct PackedArgs {

@@ -2,7 +2,7 @@
 
 // Rows asked for this many list entries ahead: kept rows lie anywhere in K and V, so the hardware cannot
 // guess them.
-inline constexpr int64_t kRowsAhead = 8;
+inline constexpr int64_t kRowsAhead = 16;
 
 template <typename T>
 inline void prefetch_channels(const T* x, int64_t channels) {

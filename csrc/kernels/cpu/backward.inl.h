@@ -49,7 +49,7 @@ class Backward {
 
  private:
   static constexpr int64_t kMaxPairs = int64_t{1} << 20;  // 4 to 20 MiB of scratch
-  static constexpr int64_t kGroupRows = 96;               // rows whose pairs are sorted by key together
+  static constexpr int64_t kGroupRows = 192;              // rows whose pairs are sorted by key together
 
   RowPlan plan(const Block& block, int64_t t) const {
     const Sequence& seq = problem_.sequences[block.sequence];
