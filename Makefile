@@ -2,7 +2,8 @@
 #
 #   make build    build/test, warnings as errors, native files placed in python/topk_attn
 #   make lint     clang-format, ruff          make format   let them rewrite
-#   make bench    benchmarks on this machine  make clean    remove builds (not .venv)
+#   make bench    benchmarks on this machine  make bench-gpu  all that needs a GPU: checks, tests, benchmarks
+#   make clean    remove builds (not .venv)
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 MAKEFLAGS += --no-print-directory
@@ -14,13 +15,15 @@ JOBS = $(shell python3 cmake/backend/topk_build_env.py jobs)
 CONFIGURE = $(CMAKE) -G Ninja -DCMAKE_MAKE_PROGRAM=$(VENV)/ninja -DPython_EXECUTABLE=$(PY)
 export PYTHONPATH := $(CURDIR)/python
 CXX_FILES = $(shell find csrc python trainer tests benchmarks \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) | sort)
+# The demo builds CUDA kernels only where a GPU will run them.
+GPU = $(shell nvidia-smi -L 2>/dev/null)
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help demo test build build-demo lint format bench clean ctest pytest
+.PHONY: help demo test build build-demo lint format bench bench-gpu clean ctest pytest
 
 help:
-	@sed -n '1,5s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 demo: build-demo
 	$(PY) -m topk_attn.demo $(DEMO_ARGS)
@@ -42,7 +45,7 @@ build:
 
 build-demo:
 	scripts/setup_env.sh demo
-	$(CONFIGURE) --preset release
+	$(CONFIGURE) --preset release $(if $(GPU),,-DTOPK_CUDA=OFF)
 	$(CMAKE) --build build/release --parallel $(JOBS) --target inplace
 
 ctest:
@@ -65,6 +68,9 @@ format:
 
 bench: build-demo
 	$(PY) benchmarks/cpu_attention.py
+
+bench-gpu:
+	scripts/gpu_check.sh
 
 clean:
 	rm -rf build dist python/*.egg-info python/topk_attn/lib python/topk_attn/bin python/topk_attn/include

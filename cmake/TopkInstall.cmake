@@ -29,10 +29,17 @@ foreach(_program topk-sft topk-generate topk-parity)
   endif()
 endforeach()
 
+set(_cuda_archs "")  # the items of a Python tuple
+if(TOPK_CUDA_ENABLED)
+  foreach(_arch ${TOPK_CUDA_ARCHS})
+    string(APPEND _cuda_archs "\"${_arch}\", ")
+  endforeach()
+  string(STRIP "${_cuda_archs}" _cuda_archs)
+endif()
+configure_file(${CMAKE_CURRENT_SOURCE_DIR}/cmake/_build_info.py.in ${CMAKE_CURRENT_BINARY_DIR}/_build_info.py @ONLY)
 if(TARGET _C)
   set_target_properties(_C PROPERTIES INSTALL_RPATH "$ORIGIN/lib;$ORIGIN/../torch/lib;${TOPK_TORCH_DIR}/lib")
   install(TARGETS _C LIBRARY DESTINATION ${_prefix} COMPONENT topk_python)
-  configure_file(${CMAKE_CURRENT_SOURCE_DIR}/cmake/_build_info.py.in ${CMAKE_CURRENT_BINARY_DIR}/_build_info.py @ONLY)
   install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_build_info.py DESTINATION ${_prefix} COMPONENT topk_python)
 endif()
 

@@ -1,4 +1,5 @@
-# Imported targets for the user's torch: TopkTorch::torch (C++ API) and TopkTorch::torch_python (Python modules).
+# Imported targets for the user's torch: TopkTorch::torch (C++ API), TopkTorch::torch_cuda (its CUDA side, where torch has
+# one; the headers of the CUDA toolkit are left to the caller) and TopkTorch::torch_python (Python modules).
 # Also installed beside topk_attn-config.cmake, which includes it for projects that use find_package(topk_attn).
 #
 # find_package(Torch) is not used: with PyPI's torch it demands a CUDA toolkit even for CPU builds and chooses
@@ -54,6 +55,13 @@ if(NOT TARGET TopkTorch::torch)
     # libtorch's operators and devices register themselves: --no-as-needed keeps the libraries linked. PyPI's libtorch
     # exports a std::filesystem of another libstdc++, which crashes (remove_all); -lstdc++ before it keeps ours first.
     INTERFACE_LINK_OPTIONS "LINKER:--no-as-needed,-lstdc++,-rpath-link,${TOPK_TORCH_DIR}/lib")
+
+  if(TOPK_TORCH_CUDA)
+    add_library(TopkTorch::torch_cuda INTERFACE IMPORTED)
+    set_target_properties(TopkTorch::torch_cuda PROPERTIES
+      INTERFACE_LINK_LIBRARIES
+        "${TOPK_TORCH_DIR}/lib/libtorch_cuda.so;${TOPK_TORCH_DIR}/lib/libc10_cuda.so;TopkTorch::torch")
+  endif()
 
   add_library(TopkTorch::torch_python INTERFACE IMPORTED)
   set_target_properties(TopkTorch::torch_python PROPERTIES

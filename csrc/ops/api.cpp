@@ -1,5 +1,7 @@
 // The public C++ functions of topk_attn.h: thin calls of the registered operators.
 
+#include <ATen/core/dispatch/Dispatcher.h>
+
 #include "checks.h"
 #include "operators.h"
 #include "topk_attn/topk_attn.h"
@@ -16,7 +18,7 @@ SelectionArgs selection_of(const Options& o) {
 
 Attention topk_attn_func(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                          const Options& options) {
-  auto r = call_fwd(q, k, v, {}, selection_of(options), options.softmax_scale, options.deterministic, false);
+  auto r = call_fwd(q, k, v, {}, selection_of(options), options.softmax_scale, options.deterministic, "none");
   return {std::get<0>(r), std::get<1>(r)};
 }
 
@@ -24,7 +26,7 @@ Attention topk_attn_varlen_func(const at::Tensor& q, const at::Tensor& k, const 
                                 const at::Tensor& cu_seqlens_q, const at::Tensor& cu_seqlens_k,
                                 int64_t max_seqlen_q, int64_t max_seqlen_k, const Options& options) {
   auto r = call_fwd(q, k, v, {cu_seqlens_q, cu_seqlens_k, SymInt(max_seqlen_q), SymInt(max_seqlen_k)},
-                    selection_of(options), options.softmax_scale, options.deterministic, false);
+                    selection_of(options), options.softmax_scale, options.deterministic, "none");
   return {std::get<0>(r), std::get<1>(r)};
 }
 
@@ -51,6 +53,34 @@ CacheAttention topk_attn_with_kvcache(const at::Tensor& q, const Cache& cache, c
                             cache.cache_leftpad, cache.block_table, cache.key_codes, selection_of(options),
                             options.softmax_scale, return_indices);
   return {std::get<0>(r), std::get<1>(r), std::get<2>(r), std::get<3>(r), std::get<4>(r), std::get<5>(r)};
+}
+
+namespace {
+
+// Operators that exist only where the library has CUDA kernels.
+template <typename Signature>
+c10::TypedOperatorHandle<Signature> cuda_handle(const char* name) {
+  const auto found = c10::Dispatcher::singleton().findSchema({name, ""});
+  TORCH_CHECK(found.has_value(), "topk_attn: this library was built without CUDA kernels (TOPK_CUDA)");
+  return found->typed<Signature>();
+}
+
+}  // namespace
+
+CudaPlan cuda_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& o) {
+  using Result = std::tuple<std::string, std::string, double, double>;
+  using Signature = Result(const Tensor&, const Tensor&, const OptTensor&, bool, OptInt,
+                           std::optional<double>, int64_t, OptInt, std::string_view, int64_t, int64_t, bool);
+  auto [build, selection, forward, backward] =
+      cuda_handle<Signature>("topk_attn::_cuda_plan")
+          .call(q, k, v, o.causal, o.topk, o.ratio, o.min_keys, o.max_keys, o.select, o.sink, o.recent,
+                o.deterministic);
+  return {build, selection, forward, backward};
+}
+
+void cuda_override(const std::string& build, const std::string& selection, double largest_share) {
+  using Signature = void(std::string_view, std::string_view, double);
+  cuda_handle<Signature>("topk_attn::_cuda_override").call(build, selection, largest_share);
 }
 
 int64_t budget(int64_t n, const Options& options) {

@@ -32,11 +32,11 @@ struct Autocast {
                        const OptTensor& cu_seqlens_k, OptSymInt max_seqlen_q, OptSymInt max_seqlen_k,
                        bool causal, OptSymInt topk, std::optional<double> ratio, SymInt min_keys,
                        OptSymInt max_keys, std::string_view select, SymInt sink, SymInt recent,
-                       std::optional<double> softmax_scale, bool deterministic, bool save_kept) {
+                       std::optional<double> softmax_scale, bool deterministic, std::string_view kept) {
     c10::impl::ExcludeDispatchKeyGuard off(kKey);
     return call_fwd(cast(q), cast(k), cast(v), {cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k},
                     {causal, topk, ratio, min_keys, max_keys, std::string(select), sink, recent},
-                    softmax_scale, deterministic, save_kept);
+                    softmax_scale, deterministic, kept);
   }
 
   static OptTensor cast(const OptTensor& t) { return t.has_value() ? OptTensor(cast(*t)) : t; }

@@ -1,5 +1,6 @@
 // Gradients. The selection is a constant of the backward pass; double backward raises.
 
+#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -54,21 +55,30 @@ class Attend : public torch::autograd::Function<Attend> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k, const Tensor& v,
                                const PackedArgs& packed, const SelectionArgs& selection,
-                               std::optional<double> softmax_scale, bool deterministic) {
+                               std::optional<double> softmax_scale, bool deterministic,
+                               std::string_view wanted) {
     at::AutoDispatchBelowADInplaceOrView below;
-    // The CPU's backward reads the kept lists; other backends recompute from the encoding.
+    // What each backend's backward reads (schema.h).
+    const std::string_view kept = wanted != "none" ? wanted
+                                  : q.is_cpu()     ? "lists"
+                                  : q.is_cuda()    ? "tiles"
+                                                   : "none";
     auto [out, lse, threshold, tie_index, kept_index, kept_prob] =
-        call_fwd(q, k, v, packed, selection, softmax_scale, deterministic, q.is_cpu());
+        call_fwd(q, k, v, packed, selection, softmax_scale, deterministic, kept);
     save_arguments(ctx, packed, selection, softmax_scale, deterministic);
     ctx->save_for_backward({q, k, v, out, lse, threshold, tie_index, kept_index, kept_prob,
                             packed.cu_seqlens_q.value_or(Tensor()), packed.cu_seqlens_k.value_or(Tensor())});
+    if (wanted == "none") {  // saved, but not asked for
+      kept_index = at::empty({0}, kept_index.options());
+      kept_prob = at::empty({0}, kept_prob.options());
+    }
     ctx->mark_non_differentiable({threshold, tie_index, kept_index, kept_prob});
     ctx->set_materialize_grads(false);
     return {out, lse, threshold, tie_index, kept_index, kept_prob};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(7);
+    variable_list result(8);
     if (!grads[0].defined() && !grads[1].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     PackedArgs packed;
@@ -120,15 +130,15 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
               const OptTensor& cu_seqlens_k, OptSymInt max_seqlen_q, OptSymInt max_seqlen_k, bool causal,
               OptSymInt topk, std::optional<double> ratio, SymInt min_keys, OptSymInt max_keys,
               std::string_view select, SymInt sink, SymInt recent, std::optional<double> softmax_scale,
-              bool deterministic, bool save_kept) {
+              bool deterministic, std::string_view kept) {
   const PackedArgs packed{cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k};
   const SelectionArgs selection{causal, topk, ratio, min_keys, max_keys, std::string(select), sink, recent};
   if (at::GradMode::is_enabled() && (needs_grad(q) || needs_grad(k) || needs_grad(v))) {
-    auto r = Attend::apply(q, k, v, packed, selection, softmax_scale, deterministic);
+    auto r = Attend::apply(q, k, v, packed, selection, softmax_scale, deterministic, kept);
     return {r[0], r[1], r[2], r[3], r[4], r[5]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  return call_fwd(q, k, v, packed, selection, softmax_scale, deterministic, save_kept);
+  return call_fwd(q, k, v, packed, selection, softmax_scale, deterministic, kept);
 }
 
 BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -113,6 +113,14 @@ Settings check_settings(const OptSymInt& topk, std::optional<double> ratio, cons
   return s;
 }
 
+Kept check_kept(std::string_view kept) {
+  if (kept == "none") return Kept::kNone;
+  if (kept == "lists") return Kept::kLists;
+  TORCH_CHECK(kept == "tiles", "topk_attn: kept must be 'none', 'lists' or 'tiles', got '", std::string(kept),
+              "'");
+  return Kept::kTiles;
+}
+
 double check_scale(std::optional<double> softmax_scale, int64_t head_dim) {
   const double scale = softmax_scale.value_or(1.0 / std::sqrt(static_cast<double>(head_dim)));
   // Kernels for float32 and halves compute with it in float32, where it must be positive and finite too.
@@ -272,6 +280,16 @@ void check_select_scores(const Tensor& scores, const SymInt& topk, const OptTens
                 scores.sym_size(0), " entries (rows), got ", lengths->sym_size(0));
     check_device(*lengths, "lengths", scores, "scores");
   }
+}
+
+TileGrid tile_grid(const Shape& shape, const OptTensor& cu_seqlens_q) {
+  TileGrid grid;
+  grid.tiles = (shape.tq + 63) / 64;
+  grid.tiles = shape.packed ? grid.tiles + cu_seqlens_q->sym_size(0) - 1 : grid.tiles * shape.batch;
+  // A document is no longer than the packed keys, whatever max_seqlen_k says.
+  const SymInt longest = shape.longest < shape.tk ? shape.longest : shape.tk;
+  grid.words = (longest + 127) / 128 * 4;
+  return grid;
 }
 
 int64_t saved_width(const Shape& shape, const Settings& settings, bool save_kept) {

@@ -19,6 +19,10 @@ Settings check_settings(const OptSymInt& topk, std::optional<double> ratio, cons
                         const OptSymInt& max_keys, std::string_view select, const SymInt& sink,
                         const SymInt& recent);
 
+// What the forward leaves for the backward beside the encoding (schema.h).
+enum class Kept { kNone, kLists, kTiles };
+Kept check_kept(std::string_view kept);
+
 // softmax_scale, or 1 / sqrt(head_dim).
 double check_scale(std::optional<double> softmax_scale, int64_t head_dim);
 
@@ -49,6 +53,13 @@ CacheShape check_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v
                          const OptTensor& block_table, const OptTensor& key_codes, bool return_indices);
 
 void check_select_scores(const Tensor& scores, const SymInt& topk, const OptTensor& lengths);
+
+// kept="tiles": query tiles of 64 rows, and words of the key bitmap of each.
+struct TileGrid {
+  SymInt tiles;  // of one head: dense B * ceil(Tq / 64); packed ceil(total_q / 64) + documents
+  SymInt words;  // 32 keys each, a multiple of 4
+};
+TileGrid tile_grid(const Shape& shape, const OptTensor& cu_seqlens_q);
 
 // Columns of kept_index and kept_prob: the budget of the longest row, or 0 when lists would not be much
 // smaller than the scores themselves (more than an eighth of the keys kept): the backward then recomputes

@@ -76,15 +76,6 @@ Problem problem_of(const Tensor& q, const Shape& shape, const Settings& settings
   return p;
 }
 
-std::vector<int64_t> row_sizes(const Shape& shape, std::optional<int64_t> extra) {
-  std::vector<int64_t> sizes;
-  if (!shape.packed) sizes.push_back(shape.batch.expect_int());
-  sizes.push_back(shape.heads);
-  sizes.push_back(shape.tq.expect_int());
-  if (extra.has_value()) sizes.push_back(*extra);
-  return sizes;
-}
-
 namespace {
 
 // The kept lists are large, written once and read once: with 4 KiB pages their faults cost as much as the
@@ -166,17 +157,14 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
               const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
               OptInt topk, std::optional<double> ratio, int64_t min_keys, OptInt max_keys,
               std::string_view select, int64_t sink, int64_t recent, std::optional<double> softmax_scale,
-              bool /*deterministic: always is*/, bool save_kept) {
+              bool /*deterministic: always is*/, std::string_view kept) {
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
+  const Kept form = check_kept(kept);
+  TORCH_CHECK(form != Kept::kTiles, "topk_attn: kept='tiles' is made on CUDA only, got it for tensors on ",
+              q.device());
   return run_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, settings,
-                     softmax_scale, save_kept, false);
-}
-
-void check_state(const Tensor& t, const char* name, at::ScalarType dtype, const std::vector<int64_t>& sizes) {
-  TORCH_CHECK(t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes), "topk_attn: ", name,
-              " must be as the forward returned it, ", dtype, " of sizes ", at::IntArrayRef(sizes), ", got ",
-              t.scalar_type(), " of sizes ", t.sizes());
+                     softmax_scale, form == Kept::kLists, false);
 }
 
 BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,

@@ -7,33 +7,13 @@
 #include <atomic>
 #include <vector>
 
-#include "checks.h"
-#include "params.h"
+#include "common.h"
 
 #if !defined(INTRA_OP_PARALLEL)
 #error "at::parallel_for would run on one thread: compile with OpenMP (-fopenmp)"
 #endif
 
 namespace topk_attn {
-
-inline DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kFloat16;
-  }
-}
-
-// A (B, T, heads, channels) or packed (T, heads, channels) tensor.
-inline View view_of(const Tensor& t) {
-  const bool packed = t.dim() == 3;
-  return View{t.data_ptr(), packed ? 0 : t.stride(0), t.stride(-3), t.stride(-2)};
-}
 
 // Torch's thread pool. Tasks are handed out one by one, so uneven ones balance.
 inline Executor executor() {
@@ -58,8 +38,5 @@ std::vector<Sequence> sequences_of(const Shape& shape, const OptTensor& cu_seqle
 
 // Everything of Problem but the sequences, for per-row outputs (B, H, Tq) or (H, total_q).
 Problem problem_of(const Tensor& q, const Shape& shape, const Settings& settings, bool causal);
-
-// (B, H, Tq) or (H, total_q), with `extra` appended.
-std::vector<int64_t> row_sizes(const Shape& shape, std::optional<int64_t> extra = std::nullopt);
 
 }  // namespace topk_attn

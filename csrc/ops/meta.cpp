@@ -41,7 +41,7 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
               const OptTensor& cu_seqlens_k, OptSymInt max_seqlen_q, OptSymInt max_seqlen_k, bool /*causal*/,
               OptSymInt topk, std::optional<double> ratio, SymInt min_keys, OptSymInt max_keys,
               std::string_view select, SymInt sink, SymInt recent, std::optional<double> softmax_scale,
-              bool /*deterministic*/, bool save_kept) {
+              bool /*deterministic*/, std::string_view kept) {
   const Settings settings = check_settings(topk, ratio, min_keys, max_keys, select, sink, recent);
   const Shape shape = check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k);
   check_scale(softmax_scale, shape.head_dim);
@@ -50,10 +50,14 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   out_sizes.back() = shape.v_dim;
   Tensor kept_index = make({SymInt(0)}, q, at::kInt);
   Tensor kept_prob = make({SymInt(0)}, q, acc);
-  if (save_kept) {
-    const int64_t width = saved_width(shape, settings, save_kept);
+  const Kept form = check_kept(kept);
+  if (form == Kept::kLists) {
+    const int64_t width = saved_width(shape, settings, true);
     kept_index = make(row_sizes(shape, width), q, at::kInt);
     kept_prob = make(row_sizes(shape, width), q, acc);
+  } else if (form == Kept::kTiles) {
+    const TileGrid grid = tile_grid(shape, cu_seqlens_q);
+    kept_index = make({SymInt(shape.heads), grid.tiles, grid.words}, q, at::kInt);
   }
   return {make(out_sizes, q, q.scalar_type()),
           make(row_sizes(shape), q, acc),

@@ -50,7 +50,7 @@ SelectResult call_select(const Tensor& q, const Tensor& k, const PackedArgs& pac
 
 FwdResult call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const PackedArgs& packed,
                    const SelectionArgs& selection, std::optional<double> softmax_scale, bool deterministic,
-                   bool save_kept);
+                   std::string_view kept);
 
 // What the forward left for the backward.
 struct ForwardState {
@@ -77,7 +77,7 @@ using SelectSignature = SelectResult(const Tensor&, const Tensor&, const OptTens
 using FwdSignature = FwdResult(const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
                                const OptTensor&, OptSymInt, OptSymInt, bool, OptSymInt, std::optional<double>,
                                SymInt, OptSymInt, std::string_view, SymInt, SymInt, std::optional<double>,
-                               bool, bool);
+                               bool, std::string_view);
 using BwdSignature = BwdResult(const Tensor&, const OptTensor&, const Tensor&, const Tensor&, const Tensor&,
                                const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
                                const Tensor&, const OptTensor&, const OptTensor&, OptSymInt, OptSymInt, bool,

@@ -33,11 +33,11 @@ SelectResult call_select(const Tensor& q, const Tensor& k, const PackedArgs& p, 
 
 FwdResult call_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const PackedArgs& p,
                    const SelectionArgs& s, std::optional<double> softmax_scale, bool deterministic,
-                   bool save_kept) {
+                   std::string_view kept) {
   static const auto op = handle<FwdSignature>("topk_attn::fwd");
   return op.call(q, k, v, p.cu_seqlens_q, p.cu_seqlens_k, p.max_seqlen_q, p.max_seqlen_k, s.causal, s.topk,
                  s.ratio, s.min_keys, s.max_keys, s.select, s.sink, s.recent, softmax_scale, deterministic,
-                 save_kept);
+                 kept);
 }
 
 BwdResult call_bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k,

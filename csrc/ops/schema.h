@@ -18,14 +18,17 @@ inline constexpr const char* kSelect =
     "select(Tensor q, Tensor k, " TOPK_ATTN_PACKED_ARGS ", *, bool causal=True, " TOPK_ATTN_SELECTION_ARGS
     ", bool return_indices=False) -> (Tensor threshold, Tensor tie_index, Tensor indices)";
 
-// kept_index and kept_prob hold a row's kept keys and their probabilities for the backward, (..., Wmax); a
-// backend may leave them empty, and the backward then recomputes them from the encoding. They are made only
-// if `save_kept`.
+// `kept` says what is left for the backward beside the encoding, in kept_index and kept_prob:
+//   "none"   nothing (both empty): the backward recomputes it;
+//   "lists"  CPU: a row's kept keys and their probabilities, (..., Wmax), or empty where lists would not pay;
+//   "tiles"  CUDA: kept_index (H, tiles, words) int32, one bit a key for every 64 query rows: whether any of
+//            them keeps it. kept_prob is empty.
+// Where every row keeps all that it sees, CUDA returns an encoding that says no more than that (-inf, last
+// int32): it skips the selection.
 inline constexpr const char* kFwd =
     "fwd(Tensor q, Tensor k, Tensor v, " TOPK_ATTN_PACKED_ARGS
     ", *, bool causal=True, " TOPK_ATTN_SELECTION_ARGS
-    ", float? softmax_scale=None, bool deterministic=False, bool save_kept=False) -> (Tensor out, Tensor "
-    "lse, "
+    ", float? softmax_scale=None, bool deterministic=False, str kept='none') -> (Tensor out, Tensor lse, "
     "Tensor threshold, Tensor tie_index, Tensor kept_index, Tensor kept_prob)";
 
 inline constexpr const char* kBwd =

@@ -11,8 +11,9 @@ import torch
 from . import _loader
 
 _loader.check_torch(torch.__version__)
+_loader.check_cuda(torch.version.cuda)
 
-from . import _C, functional, hf, nn, sdpa  # noqa: E402  (the check above must come before native code)
+from . import _C, cuda, functional, hf, nn, sdpa  # noqa: E402  (the check above must come before native code)
 from .functional import (  # noqa: E402
     budget,
     scaled_dot_product_topk_attention,
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "budget",
     "build_info",
+    "cuda",
     "functional",
     "hf",
     "nn",

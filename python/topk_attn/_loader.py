@@ -28,3 +28,17 @@ def check_torch(running: str) -> None:
             f"topk_attn was built against torch {built} but torch {running} is installed: reinstall "
             "topk-attn in this environment so that it is built against the installed torch."
         )
+
+
+def check_cuda(running: str | None) -> None:
+    """Raises ImportError, in one sentence, when CUDA kernels were built that this torch cannot load.
+
+    `running`: torch.version.cuda. A library without CUDA kernels goes with every torch.
+    """
+    built = _build_info.cuda_version
+    if built and (running or "").split(".")[0] != built.split(".")[0]:
+        found = f"is for CUDA {running}" if running else "has no CUDA"
+        raise ImportError(
+            f"topk_attn was built with CUDA {built} but the installed torch {found}: reinstall "
+            "topk-attn in this environment so that it is built against the installed torch."
+        )

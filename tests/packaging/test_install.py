@@ -202,7 +202,7 @@ def test_console_script_against_another_torch_minor_version(installed):
 def test_editable(installed, sources):
     """`pip install -e .`: Python files stay in the sources, native files lie beside them."""
     environment = installed.environment
-    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON"} | tools()
+    flags = {"CMAKE_ARGS": "-DTOPK_WERROR=ON -DTOPK_CUDA=OFF"} | tools()
     succeed([environment.python, "-m", "pip", "install", "-e", "."], cwd=sources, env=flags)
     try:
         code = "import topk_attn, torch; torch.ops.topk_attn.fwd.default; print(topk_attn.__file__)"

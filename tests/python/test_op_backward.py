@@ -268,8 +268,8 @@ def test_gradients_of_the_op_with_recomputed_set():
     """bwd gives the same gradients from the encoding alone as from the kept lists that fwd saved."""
     q, k, v = make_qkv(2, 20, 26, 4, 2, 16, seed=4, kind="duplicated")
     for extra in ({}, {"select": "kv_group"}, {"sink": 2, "recent": 1}):
-        lists = torch.ops.topk_attn.fwd(q, k, v, topk=6, save_kept=True, **extra)
-        plain = torch.ops.topk_attn.fwd(q, k, v, topk=6, save_kept=False, **extra)
+        lists = torch.ops.topk_attn.fwd(q, k, v, topk=6, kept="lists", **extra)
+        plain = torch.ops.topk_attn.fwd(q, k, v, topk=6, kept="none", **extra)
         for a, b in zip(lists[:4], plain[:4], strict=True):
             assert_same(a, b, "fwd outputs")
         dout = normal(*lists[0].shape, seed=1)

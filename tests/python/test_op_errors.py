@@ -443,7 +443,7 @@ def test_select_scores(change, words):
 def bwd_call(keys=6, **change):
     q, k, v = make_qkv(1, 5, keys, 4, 2, 8, 16)
     out, lse, threshold, tie_index, kept_index, kept_prob = torch.ops.topk_attn.fwd(
-        q, k, v, topk=3, save_kept=True
+        q, k, v, topk=3, kept="lists"
     )
     args = dict(
         dout=torch.ones_like(out),
@@ -487,7 +487,7 @@ def test_backward_operator_kept_lists():
     """Kept lists of a wrong shape, or with keys outside the row, touch no memory out of bounds."""
     keys = 48  # enough for the forward to save its lists
     q, k, v = make_qkv(1, 5, keys, 4, 2, 8, 16)
-    kept = torch.ops.topk_attn.fwd(q, k, v, topk=3, save_kept=True)[4:]
+    kept = torch.ops.topk_attn.fwd(q, k, v, topk=3, kept="lists")[4:]
     assert kept[0].shape == (1, 4, 5, 3)
     refuses(lambda: bwd_call(keys, kept_index=kept[0][..., :1].contiguous()), "kept_index")
     refuses(lambda: bwd_call(keys, kept_prob=kept[1].double()), "kept_prob")

@@ -28,7 +28,7 @@ def cases(dtype=torch.float32, grad=False):
     ops = torch.ops.topk_attn
     found = {
         "fwd": (ops.fwd, (q, k, v), dict(topk=3)),
-        "fwd kept": (ops.fwd, (q, k, v), dict(ratio=0.5, save_kept=True)),
+        "fwd kept": (ops.fwd, (q, k, v), dict(ratio=0.5, kept="lists")),
         "fwd full": (
             ops.fwd,
             (q, k, v),
@@ -44,8 +44,8 @@ def cases(dtype=torch.float32, grad=False):
         found["scores"] = (ops.select_scores, (normal(3, 9, dtype=dtype), 4), {})
         found["scores lengths"] = (ops.select_scores, (normal(3, 9, dtype=dtype), 4, int32(1, 4, 9)), {})
     q, k, v = (x.detach() for x in (q, k, v))
-    for save in (True, False):
-        forward = ops.fwd(q, k, v, topk=3, save_kept=save)
+    for save in ("lists", "none"):
+        forward = ops.fwd(q, k, v, topk=3, kept=save)
         dout, dlse = normal(*forward[0].shape, dtype=dtype), normal(*forward[1].shape, dtype=forward[1].dtype)
         found[f"bwd {save}"] = (ops.bwd, (dout, dlse, q, k, v, *forward), dict(topk=3))
     found["bwd no lse"] = (ops.bwd, (dout, None, q, k, v, *forward), dict(topk=3))

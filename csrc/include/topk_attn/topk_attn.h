@@ -101,6 +101,23 @@ struct CacheAttention {
 CacheAttention topk_attn_with_kvcache(const at::Tensor& q, const Cache& cache, const Options& options,
                                       bool return_indices = false);
 
+// Which CUDA kernels serve a call (csrc/kernels/cuda/plan.h has the rules). Every choice computes the same
+// sets.
+struct CudaPlan {
+  std::string build;      // "plain", "portable" or "sm90"
+  std::string selection;  // "slab" or "fused"
+  double forward_share;   // largest union share of a query tile that the gathered kernels take; 0: none
+  double backward_share;
+};
+
+// The plan of topk_attn_func(q, k, v, options) on q's GPU. An error where the library was built without CUDA
+// kernels or an override asks for what cannot be done.
+CudaPlan cuda_plan(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Options& options);
+
+// Asks for kernels from now on, process-wide: empty strings and a negative share leave the choice to the
+// library. Calls that cannot be served so raise an error with the reason.
+void cuda_override(const std::string& build, const std::string& selection, double largest_share);
+
 // W for a row that sees n keys: budget(n, ...) of contract.h, with the arguments checked.
 int64_t budget(int64_t n, const Options& options);
 

@@ -12,17 +12,17 @@ inline void prefetch_channels(const T* x, int64_t channels) {
 }
 
 // out = (initial ? out : 0) + sum over the list of weights[i] * row(positions[i]), in list order, for N
-// vectors of channels from `c0`.
+// vectors of channels from `c0`. positions[0, known) may be asked for ahead: 0 asks for nothing.
 template <typename T, int N, typename Row>
-inline void gather_sum(const int32_t* positions, const acc_t<T>* weights, int64_t count, Row row, int64_t c0,
-                       bool initial, acc_t<T>* out) {
+inline void gather_sum(const int32_t* positions, const acc_t<T>* weights, int64_t count, int64_t known,
+                       Row row, int64_t c0, bool initial, acc_t<T>* out) {
   using A = acc_t<T>;
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> acc[N];
 #pragma GCC unroll 8
   for (int u = 0; u < N; ++u) acc[u] = initial ? load(out + c0 + u * L) : vec_t<A>{};
   for (int64_t i = 0; i < count; ++i) {
-    if (!initial && i + kRowsAhead < count) prefetch_channels(row(positions[i + kRowsAhead]) + c0, N * L);
+    if (i + kRowsAhead < known) prefetch_channels(row(positions[i + kRowsAhead]) + c0, N * L);
     const T* x = row(positions[i]) + c0;
     const vec_t<A> weight = splat(weights[i]);
 #pragma GCC unroll 8
@@ -33,27 +33,34 @@ inline void gather_sum(const int32_t* positions, const acc_t<T>* weights, int64_
 }
 
 // dots[i] = x . row(positions[i]) over N vectors of channels from `c0`; added to dots when `accumulate`.
+// positions[0, known) may be asked for ahead.
 template <typename T, int N, typename Row>
-inline void gather_dot(const int32_t* positions, int64_t count, Row row, int64_t c0, const acc_t<T>* x,
-                       bool accumulate, acc_t<T>* dots) {
+inline void gather_dot(const int32_t* positions, int64_t count, int64_t known, Row row, int64_t c0,
+                       const acc_t<T>* x, bool accumulate, acc_t<T>* dots) {
   using A = acc_t<T>;
   constexpr int L = Vec<A>::kLanes;
   vec_t<A> mine[N];
 #pragma GCC unroll 8
   for (int u = 0; u < N; ++u) mine[u] = load(x + c0 + u * L);
-  for (int64_t i = 0; i < count; i += 4) {
-    const int64_t here = count - i < 4 ? count - i : 4;
-    vec_t<A> sums[4];
-#pragma GCC unroll 4
-    for (int e = 0; e < 4; ++e) {
-      if (i + e + kRowsAhead < count) prefetch_channels(row(positions[i + e + kRowsAhead]) + c0, N * L);
-      const T* other = row(positions[e < here ? i + e : i]) + c0;
-      sums[e] = vec_t<A>{};
+  const auto products = [&](const T* other) {
+    vec_t<A> sum{};
 #pragma GCC unroll 8
-      for (int u = 0; u < N; ++u) sums[e] = fma(mine[u], load(other + u * L), sums[e]);
+    for (int u = 0; u < N; ++u) sum = fma(mine[u], load(other + u * L), sum);
+    return sum;
+  };
+  for (int64_t i = 0; i < count; i += 4) {
+    if (i + 4 + kRowsAhead <= known) {
+#pragma GCC unroll 4
+      for (int e = 0; e < 4; ++e) prefetch_channels(row(positions[i + e + kRowsAhead]) + c0, N * L);
     }
     A dot[4];
-    horizontal_sums<A>(sums[0], sums[1], sums[2], sums[3], dot);
+    const int64_t here = count - i < 4 ? count - i : 4;
+    const int32_t* four = positions + i;
+    const vec_t<A> first = products(row(four[0]) + c0);
+    const vec_t<A> second = products(row(four[here > 1 ? 1 : 0]) + c0);
+    const vec_t<A> third = products(row(four[here > 2 ? 2 : 0]) + c0);
+    const vec_t<A> fourth = products(row(four[here > 3 ? 3 : 0]) + c0);
+    horizontal_sums<A>(first, second, third, fourth, dot);
     for (int e = 0; e < here; ++e) dots[i + e] = accumulate ? dots[i + e] + dot[e] : dot[e];
   }
 }
@@ -170,6 +177,14 @@ void group_maximum(const A* scores, int64_t stride, int64_t heads, const Span& s
   }
 }
 
+// Probabilities of the kept keys of one row: softmax of its scores, left in `weights` (a vector of slack
+// behind them). Returns lse.
+template <typename A>
+A kept_weights(const A* scores, const int32_t* kept, int64_t count, A scale, A* weights) {
+  for (int64_t i = 0; i < count; ++i) weights[i] = scores[kept[i]];
+  return softmax_kept(weights, count, scale);
+}
+
 // Attention of one row over scratch.kept[0, count): softmax of its scores, then the V rows.
 // Leaves the probabilities in scratch.weights and writes `out` (T); returns lse.
 template <typename T, typename Row>
@@ -178,14 +193,13 @@ acc_t<T> attend_row(const acc_t<T>* scores, int64_t count, acc_t<T> scale, Row v
   using A = acc_t<T>;
   const int32_t* kept = scratch.kept.data();
   A* weights = scratch.weights.data();
-  for (int64_t i = 0; i < count; ++i) weights[i] = scores[kept[i]];
-  const A lse = softmax_kept(weights, count, scale);
+  const A lse = kept_weights(scores, kept, count, scale, weights);
   A* sum = scratch.channels.data();
   if (lse == -std::numeric_limits<A>::infinity()) {
     for (int64_t c = 0; c < v_dim; ++c) sum[c] = 0;
   } else {
     for_channel_pieces<A>(v_dim, [&](auto n, int64_t c) {
-      gather_sum<T, decltype(n)::value>(kept, weights, count, v_row, c, false, sum);
+      gather_sum<T, decltype(n)::value>(kept, weights, count, count, v_row, c, false, sum);
     });
   }
   for (int64_t c = 0; c < v_dim; ++c) out[c] = from_acc<T>(sum[c]);

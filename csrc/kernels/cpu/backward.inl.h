@@ -1,19 +1,11 @@
 // Training backward: dQ, dK, dV over the kept pairs only; the selection is a constant.
 //
 // With p the probability of a kept pair and dp = dO . v: ds = p * (dp - sum(p * dp) + dlse) * scale, dq += ds
-// * k, dk += ds * q, dv += p * dO. Rows are taken in runs of blocks whose kept pairs fit a fixed scratch. In
-// a run, pass 1 (parallel over blocks) makes ds and dq; pass 2 (parallel over ranges of keys) adds to dk and
-// dv in ascending row order, so every sum has one order whatever the number of threads: always deterministic.
-// The kept lists come from the forward, or are made again from the encoding with the same scores.
-
-// Kept pairs of one block: row r of it (token-major, then head) holds count(r) entries at r * width.
-template <typename A>
-struct BlockPairs {
-  int64_t width = 0;
-  A* ds = nullptr;
-  int32_t* index = nullptr;  // nullptr: the forward's own lists are read
-  A* prob = nullptr;
-};
+// * k, dk += ds * q, dv += p * dO. Rows are taken in runs whose kept pairs fit a fixed scratch. In a run,
+// pass 1 (parallel over groups of rows) makes ds and dq and lays the pairs out by range of keys; pass 2
+// (parallel over ranges of keys) sorts a group's pairs of its range by key and adds to dk and dv in ascending
+// row order. Every sum has one order whatever the number of threads: always deterministic. The kept lists
+// come from the forward, or are made again from the encoding with the same scores.
 
 template <typename T>
 class Backward {
@@ -25,6 +17,7 @@ class Backward {
         executor_(executor),
         blocks_(make_blocks<A>(p.problem)),
         saved_(p.kept_width > 0),
+        max_pairs_(std::min(kPairsPerWorker * executor.workers, kMaxPairs)),
         workers_(executor.workers) {
     if (!saved_) keys_ = std::make_unique<PackedKeys<T>>(problem_, p.k, executor);
   }
@@ -37,19 +30,46 @@ class Backward {
       int64_t last = first;
       int64_t pairs = 0;
       for (; last < count; ++last) {
-        pairs += rows(blocks_.list[last]) * width(blocks_.list[last]);
-        if (last > first && pairs > kMaxPairs) break;
+        pairs += room(blocks_.list[last]);
+        if (last > first && pairs > max_pairs_) break;
       }
-      run_blocks(first, last);
+      lay_out(first, last);
+      auto pass1 = [&](int64_t task, int64_t worker) {
+        if (!foreign_.load(std::memory_order_relaxed)) row_gradients(groups_[task], worker);
+      };
+      parallel(executor_, static_cast<int64_t>(groups_.size()), pass1);
       if (foreign_.load()) return false;
+      auto pass2 = [&](int64_t task, int64_t worker) { key_gradients(tasks_[task], worker); };
+      parallel(executor_, static_cast<int64_t>(tasks_.size()), pass2);
       first = last;
     }
     return true;
   }
 
  private:
-  static constexpr int64_t kMaxPairs = int64_t{1} << 20;  // 4 to 20 MiB of scratch
-  static constexpr int64_t kGroupRows = 192;              // rows whose pairs are sorted by key together
+  static constexpr int64_t kPairsPerWorker = int64_t{1} << 20;  // 12 MiB of scratch in float32
+  static constexpr int64_t kMaxPairs = int64_t{1} << 23;
+  static constexpr int64_t kTasksPerWorker = 4;  // groups of a run, so that uneven ones balance
+
+  // Blocks of one (sequence, KV head) in the run, and how their keys are cut.
+  struct Segment {
+    int64_t first_group, last_group;
+    int64_t range;  // keys of a range
+  };
+  // A group's pairs lie together: by range, then row (token-major, then head), then key.
+  struct PairGroup {
+    Group blocks;
+    int64_t range;
+    int64_t rows;
+    int64_t ranges;  // up to the last key its last row sees
+    int64_t pair;    // its first pair in index_, prob_ and ds_
+    int64_t piece;   // its first entry in pieces_: pairs of row r in range i at i * rows + r
+    int64_t start;   // its first entry in starts_: pairs before range i
+  };
+  struct KeyTask {
+    int64_t segment;
+    int64_t range;
+  };
 
   RowPlan plan(const Block& block, int64_t t) const {
     const Sequence& seq = problem_.sequences[block.sequence];
@@ -59,61 +79,87 @@ class Backward {
   int64_t rows(const Block& block) const { return block.tokens * blocks_.group; }
   // Most kept keys of a row of the block: budgets do not fall along a sequence.
   int64_t width(const Block& block) const { return plan(block, block.tokens - 1).kept; }
+  int64_t room(const Block& block) const { return rows(block) * width(block); }
+  bool dead(int64_t row) const {
+    return static_cast<const A*>(p_.lse)[row] == -std::numeric_limits<A>::infinity();
+  }
 
   int64_t row_of(const Block& block, int64_t t, int64_t g) const {
     const Sequence& seq = problem_.sequences[block.sequence];
     return problem_.rows.at(seq.batch, block.kv_head * blocks_.group + g, seq.q_begin + block.token + t);
   }
-  const int32_t* index(const Block& block, const BlockPairs<A>& pairs, int64_t t, int64_t g) const {
-    return saved_ ? p_.kept_index + row_of(block, t, g) * p_.kept_width
-                  : pairs.index + (t * blocks_.group + g) * pairs.width;
-  }
-  const A* prob(const Block& block, const BlockPairs<A>& pairs, int64_t t, int64_t g) const {
-    return saved_ ? static_cast<const A*>(p_.kept_prob) + row_of(block, t, g) * p_.kept_width
-                  : pairs.prob + (t * blocks_.group + g) * pairs.width;
-  }
 
-  void run_blocks(int64_t first, int64_t last) {
-    std::vector<BlockPairs<A>> pairs(last - first);
-    int64_t total = 0;
-    for (int64_t b = first; b < last; ++b) {
-      pairs[b - first].width = width(blocks_.list[b]);
-      total += rows(blocks_.list[b]) * pairs[b - first].width;
-    }
-    reserve(total);
-    total = 0;
-    for (int64_t b = first; b < last; ++b) {
-      BlockPairs<A>& mine = pairs[b - first];
-      mine.ds = ds_.data() + total;
-      if (!saved_) {
-        mine.index = index_.data() + total;
-        mine.prob = prob_.data() + total;
+  // Groups, ranges and scratch of a run of blocks.
+  void lay_out(int64_t first, int64_t last) {
+    segments_.clear();
+    groups_.clear();
+    tasks_.clear();
+    int64_t pairs = 0;
+    for (int64_t b = first; b < last; ++b) pairs += room(blocks_.list[b]);
+    const int64_t group_pairs = pairs / (kTasksPerWorker * executor_.workers);
+    const int64_t row_bytes = std::max(problem_.head_dim, problem_.v_dim) * static_cast<int64_t>(sizeof(A));
+    pairs = 0;
+    int64_t pieces = 0, starts = 0;
+    for (int64_t b = first; b < last;) {
+      const Block& block = blocks_.list[b];
+      int64_t end = b;
+      while (end < last && blocks_.list[end].sequence == block.sequence &&
+             blocks_.list[end].kv_head == block.kv_head) {
+        ++end;
       }
-      total += rows(blocks_.list[b]) * mine.width;
+      const RowPlan final_row = plan(blocks_.list[end - 1], blocks_.list[end - 1].tokens - 1);
+      Segment segment;
+      segment.first_group = static_cast<int64_t>(groups_.size());
+      segment.range = range_of(final_row.seen.end, final_row.kept, row_bytes);
+      while (b < end) {
+        PairGroup group{{b, b}, segment.range, 0, 0, pairs, pieces, starts};
+        int64_t mine = 0;
+        do {
+          group.rows += rows(blocks_.list[b]);
+          mine += room(blocks_.list[b]);
+          ++b;
+        } while (b < end && group.rows + rows(blocks_.list[b]) <= kGroupRows &&
+                 mine + room(blocks_.list[b]) <= group_pairs);
+        group.blocks.last = b;
+        const Block& bottom = blocks_.list[b - 1];
+        group.ranges = (plan(bottom, bottom.tokens - 1).seen.end + segment.range - 1) / segment.range;
+        pairs += mine;
+        pieces += group.rows * group.ranges;
+        starts += group.ranges + 1;
+        groups_.push_back(group);
+      }
+      segment.last_group = static_cast<int64_t>(groups_.size());
+      for (int64_t i = 0; i < groups_.back().ranges; ++i) {
+        tasks_.push_back({static_cast<int64_t>(segments_.size()), i});
+      }
+      segments_.push_back(segment);
     }
-    auto pass1 = [&](int64_t task, int64_t worker) {
-      const Block& block = blocks_.list[first + task];
-      BlockPairs<A>& mine = pairs[task];
-      if (!saved_) recompute(block, mine, worker);
-      if (!foreign_.load(std::memory_order_relaxed)) row_gradients(block, mine, worker);
+    reserve(index_, pairs);
+    reserve(prob_, pairs);
+    reserve(ds_, pairs);
+    reserve(pieces_, pieces);
+    reserve(starts_, starts);
+  }
+
+  // Rows of a group in pass 1.
+  struct RowScratch {
+    struct Row {
+      const int32_t* kept;  // what is left of its lists
+      const A* prob;
+      int64_t left;
+      int32_t previous;  // the key before
+      int32_t end;       // one past the last key it sees
+      A mean;            // sum of p * dp
     };
-    parallel(executor_, last - first, pass1);
+    std::vector<Row> rows;
+    Buffer<A> dout, dq;     // (rows, channels)
+    Buffer<int32_t> index;  // lists that the forward has not saved
+    Buffer<A> prob;
+  };
 
-    if (foreign_.load()) return;
-    key_gradients(first, last, pairs);
-  }
-
-  // Scratch for the pairs of a run; kept from run to run.
-  void reserve(int64_t pairs) {
-    if (ds_.size() >= pairs) return;
-    ds_ = Buffer<A>(pairs);
-    if (saved_) return;
-    index_ = Buffer<int32_t>(pairs);
-    prob_ = Buffer<A>(pairs);
-  }
-
-  // Kept lists and probabilities from the encoding and the scores, which have the forward's bits.
-  void recompute(const Block& block, BlockPairs<A>& pairs, int64_t worker) {
+  // Kept lists and probabilities of one block (rows at `width`) from the encoding and the scores, which have
+  // the forward's bits.
+  bool recompute(const Block& block, int64_t width, int32_t* index, A* prob, int64_t worker) {
     BlockScratch<A>& scratch = workers_.get(worker, blocks_, problem_.head_dim, problem_.v_dim);
     score_block<T>(problem_, p_.q, *keys_, blocks_, block, scratch);
     for (int64_t t = 0; t < block.tokens; ++t) {
@@ -128,209 +174,248 @@ class Backward {
         const int64_t row = row_of(block, t, g);
         const A threshold = static_cast<const A*>(p_.threshold)[row];
         const int32_t tie = p_.tie_index[row];
-        int32_t* kept = pairs.index + (t * blocks_.group + g) * pairs.width;
+        int32_t* kept = index + (t * blocks_.group + g) * width;
         int64_t count = 0;
         for (int64_t j = row_plan.seen.begin; j < row_plan.seen.end && count < row_plan.kept; ++j) {
           if (row_plan.always_kept(j) || admitted(order[j], j, threshold, tie))
             kept[count++] = static_cast<int32_t>(j);
         }
-        if (count < row_plan.kept) {
-          foreign_.store(true);
-          return;
-        }
+        if (count < row_plan.kept) return false;
         A* weights = scratch.row.weights.data();
         for (int64_t i = 0; i < count; ++i) weights[i] = mine[kept[i]];
         softmax_kept(weights, count, static_cast<A>(problem_.softmax_scale));
-        memcpy(pairs.prob + (t * blocks_.group + g) * pairs.width, weights, count * sizeof(A));
+        memcpy(prob + (t * blocks_.group + g) * width, weights, count * sizeof(A));
       }
     }
+    return true;
   }
 
-  // ds of every kept pair of the block, and dq of its rows.
-  void row_gradients(const Block& block, BlockPairs<A>& pairs, int64_t worker) {
+  // The group's rows: their lists, dO in A, and dq = 0.
+  bool load_group(const PairGroup& group, RowScratch& s, int64_t worker) {
+    const int64_t v_dim = problem_.v_dim;
+    reserve(s.dout, group.rows * v_dim);
+    reserve(s.dq, group.rows * problem_.head_dim);
+    memset(s.dq.data(), 0, group.rows * problem_.head_dim * sizeof(A));
+    if (!saved_) {
+      int64_t pairs = 0;
+      for (int64_t b = group.blocks.first; b < group.blocks.last; ++b) pairs += room(blocks_.list[b]);
+      reserve(s.index, pairs);
+      reserve(s.prob, pairs);
+    }
+    s.rows.clear();
+    A* dout = s.dout.data();
+    int32_t* index = s.index.data();
+    A* prob = s.prob.data();
+    for (int64_t b = group.blocks.first; b < group.blocks.last; ++b) {
+      const Block& block = blocks_.list[b];
+      const Sequence& seq = problem_.sequences[block.sequence];
+      const int64_t list_width = saved_ ? p_.kept_width : width(block);
+      if (!saved_ && !recompute(block, list_width, index, prob, worker)) return false;
+      for (int64_t t = 0; t < block.tokens; ++t) {
+        const RowPlan row_plan = plan(block, t);
+        for (int64_t g = 0; g < blocks_.group; ++g, dout += v_dim) {
+          const int64_t row = row_of(block, t, g);
+          const int64_t at_list = (saved_ ? row : t * blocks_.group + g) * list_width;
+          // A row without attention mass (it sees nothing, or only -inf) has no gradient, whatever dO holds.
+          s.rows.push_back({(saved_ ? p_.kept_index : index) + at_list,
+                            (saved_ ? static_cast<const A*>(p_.kept_prob) : prob) + at_list,
+                            dead(row) ? 0 : row_plan.kept, static_cast<int32_t>(row_plan.seen.begin - 1),
+                            static_cast<int32_t>(row_plan.seen.end), 0});
+          const T* source =
+              at<T>(p_.dout, seq.batch, seq.q_begin + block.token + t, block.kv_head * blocks_.group + g);
+          for (int64_t c = 0; c < v_dim; ++c) dout[c] = to_acc(source[c]);
+        }
+      }
+      if (!saved_) {
+        index += room(block);
+        prob += room(block);
+      }
+    }
+    return true;
+  }
+
+  // Moves the row's pairs with keys below `limit` to index and prob; returns how many, or -1 when they are
+  // not distinct visible keys in ascending order: lists from outside are never used as addresses unchecked.
+  static int64_t take_piece(typename RowScratch::Row& row, int32_t limit, int32_t* index, A* prob) {
+    limit = std::min(limit, row.end);
+    int32_t previous = row.previous;
+    bool good = true;
+    int64_t n = 0;
+    for (; n < row.left && row.kept[n] < limit; ++n) {
+      const int32_t key = row.kept[n];
+      good &= key > previous;
+      previous = key;
+      index[n] = key;
+      prob[n] = row.prob[n];
+    }
+    row.kept += n;
+    row.prob += n;
+    row.left -= n;
+    row.previous = previous;
+    return good ? n : -1;
+  }
+
+  // ds of every kept pair of the group, and dq of its rows.
+  void row_gradients(const PairGroup& group, int64_t worker) {
+    RowScratch& s = row_scratch_.get(worker);
+    if (!load_group(group, s, worker)) return foreign_.store(true);
+    const Block& block = blocks_.list[group.blocks.first];
     const Sequence& seq = problem_.sequences[block.sequence];
-    Buffer<A>& buffer = row_buffers_.get(worker, p_.problem.head_dim + p_.problem.v_dim + 64);
-    A* dout = buffer.data();
-    A* dq = buffer.data() + p_.problem.v_dim;
-    const auto k_row = [&](int32_t j) { return at<T>(p_.k, seq.batch, seq.k_begin + j, block.kv_head); };
-    const auto v_row = [&](int32_t j) { return at<T>(p_.v, seq.batch, seq.k_begin + j, block.kv_head); };
-    for (int64_t t = 0; t < block.tokens; ++t) {
-      const int64_t token = seq.q_begin + block.token + t;
-      const RowPlan row_plan = plan(block, t);
-      const Span row_seen = row_plan.seen;
-      const int64_t count = row_plan.kept;
-      for (int64_t g = 0; g < blocks_.group; ++g) {
-        const int64_t head = block.kv_head * blocks_.group + g;
-        const int64_t row = row_of(block, t, g);
-        const int32_t* kept = index(block, pairs, t, g);
-        const A* weights = prob(block, pairs, t, g);
-        A* ds = pairs.ds + (t * blocks_.group + g) * pairs.width;
-        if (saved_ && !ascending(kept, count, row_seen)) {
-          foreign_.store(true);
-          return;
-        }
-        const T* dout_row = at<T>(p_.dout, seq.batch, token, head);
-        T* dq_row = at_mutable<T>(p_.dq, seq.batch, token, head);
-        // A row without attention mass (it sees nothing, or only -inf) has no gradient, whatever dO holds.
-        if (static_cast<const A*>(p_.lse)[row] == -std::numeric_limits<A>::infinity()) {
-          for (int64_t i = 0; i < count; ++i) ds[i] = 0;
-          for (int64_t c = 0; c < problem_.head_dim; ++c) dq_row[c] = from_acc<T>(0);
-          continue;
-        }
-        for (int64_t c = 0; c < problem_.v_dim; ++c) dout[c] = to_acc(dout_row[c]);
+    const int64_t head_dim = problem_.head_dim, v_dim = problem_.v_dim;
+    const HeadRows<T> k_row = key_rows<T>(p_.k, seq, block.kv_head);
+    const HeadRows<T> v_row = key_rows<T>(p_.v, seq, block.kv_head);
+    int32_t* index = index_.data() + group.pair;
+    A* prob = prob_.data() + group.pair;
+    A* ds = ds_.data() + group.pair;
+    int32_t* start = starts_.data() + group.start;
+
+    // dp = dO . v, and its mean.
+    int64_t taken = 0;
+    for (int64_t i = 0; i < group.ranges; ++i) {
+      int32_t* piece = pieces_.data() + group.piece + i * group.rows;
+      start[i] = static_cast<int32_t>(taken);
+      const int32_t limit =
+          static_cast<int32_t>(std::min<int64_t>((i + 1) * group.range, std::numeric_limits<int32_t>::max()));
+      for (int64_t r = 0; r < group.rows; ++r) {
+        const int64_t n = take_piece(s.rows[r], limit, index + taken, prob + taken);
+        if (n < 0) return foreign_.store(true);
+        piece[r] = static_cast<int32_t>(n);
+        taken += n;
+      }
+      int64_t pair = start[i];
+      for (int64_t r = 0; r < group.rows; ++r) {
+        const int64_t n = piece[r];
+        const A* dout = s.dout.data() + r * v_dim;
         bool accumulate = false;
-        for_channel_pieces<A>(problem_.v_dim, [&](auto n, int64_t c) {
-          gather_dot<T, decltype(n)::value>(kept, count, v_row, c, dout, accumulate, ds);
+        for_channel_pieces<A>(v_dim, [&](auto m, int64_t c) {
+          gather_dot<T, decltype(m)::value>(index + pair, n, taken - pair, v_row, c, dout, accumulate,
+                                            ds + pair);
           accumulate = true;
         });
-        A mean = 0;
-        for (int64_t i = 0; i < count; ++i) mean += weights[i] * ds[i];
-        if (p_.dlse != nullptr) mean -= static_cast<const A*>(p_.dlse)[row];
-        const A scale = static_cast<A>(problem_.softmax_scale);
-        for (int64_t i = 0; i < count; ++i) ds[i] = weights[i] * (ds[i] - mean) * scale;
-        for_channel_pieces<A>(problem_.head_dim, [&](auto n, int64_t c) {
-          gather_sum<T, decltype(n)::value>(kept, ds, count, k_row, c, false, dq);
+        A mean = s.rows[r].mean;
+        for (int64_t e = pair; e < pair + n; ++e) mean += prob[e] * ds[e];
+        s.rows[r].mean = mean;
+        pair += n;
+      }
+    }
+    start[group.ranges] = static_cast<int32_t>(taken);
+
+    const A* dlse = static_cast<const A*>(p_.dlse);
+    int64_t r = 0;
+    for_rows(group, [&](const Block& b, int64_t t, int64_t g) {
+      if (s.rows[r].left > 0) foreign_.store(true);
+      if (dlse != nullptr) s.rows[r].mean -= dlse[row_of(b, t, g)];
+      ++r;
+    });
+
+    const A scale = static_cast<A>(problem_.softmax_scale);
+    int64_t pair = 0;
+    const int32_t* piece = pieces_.data() + group.piece;
+    for (int64_t i = 0; i < group.ranges; ++i) {
+      for (r = 0; r < group.rows; ++r) {
+        const int64_t n = *piece++;
+        if (n == 0) continue;
+        const A mean = s.rows[r].mean;
+        for (int64_t e = pair; e < pair + n; ++e) ds[e] = prob[e] * (ds[e] - mean) * scale;
+        for_channel_pieces<A>(head_dim, [&](auto m, int64_t c) {
+          gather_sum<T, decltype(m)::value>(index + pair, ds + pair, n, taken - pair, k_row, c, true,
+                                            s.dq.data() + r * head_dim);
         });
-        for (int64_t c = 0; c < problem_.head_dim; ++c) dq_row[c] = from_acc<T>(dq[c]);
+        pair += n;
       }
     }
+
+    const A* dq = s.dq.data();
+    for_rows(group, [&](const Block& b, int64_t t, int64_t g) {
+      T* out = at_mutable<T>(p_.dq, seq.batch, seq.q_begin + b.token + t, b.kv_head * blocks_.group + g);
+      for (int64_t c = 0; c < head_dim; ++c) out[c] = from_acc<T>(*dq++);
+    });
   }
 
-  // Are these distinct visible keys in ascending order? Lists from outside are never used as addresses
-  // unchecked.
-  static bool ascending(const int32_t* kept, int64_t count, const Span& seen) {
-    int64_t previous = seen.begin - 1;
-    bool good = true;
-    for (int64_t i = 0; i < count; ++i) {
-      good &= kept[i] > previous;
-      previous = kept[i];
-    }
-    return good && previous < seen.end;
-  }
-
-  // dk and dv of the run, parallel over ranges of keys of each (sequence, KV head).
-  void key_gradients(int64_t first, int64_t last, const std::vector<BlockPairs<A>>& pairs) {
-    struct Task {
-      int64_t first, last;  // blocks of one (sequence, KV head)
-      Span keys;
-    };
-    std::vector<Task> tasks;
-    for (int64_t b = first; b < last;) {
+  // body(block, t, g) for the rows of a group in order.
+  template <typename Body>
+  void for_rows(const PairGroup& group, Body body) const {
+    for (int64_t b = group.blocks.first; b < group.blocks.last; ++b) {
       const Block& block = blocks_.list[b];
-      int64_t end = b;
-      while (end < last && blocks_.list[end].sequence == block.sequence &&
-             blocks_.list[end].kv_head == block.kv_head) {
-        ++end;
+      for (int64_t t = 0; t < block.tokens; ++t) {
+        for (int64_t g = 0; g < blocks_.group; ++g) body(block, t, g);
       }
-      const RowPlan final_row = plan(blocks_.list[end - 1], blocks_.list[end - 1].tokens - 1);
-      const int64_t keys = final_row.seen.end;
-      // About 16 pairs a row, within 128 to 384 keys: long enough to be worth finding, short enough to stay
-      // in cache.
-      const int64_t range = std::clamp<int64_t>(16 * keys / std::max<int64_t>(1, final_row.kept), 128, 384);
-      for (int64_t j = 0; j < keys; j += range) tasks.push_back({b, end, {j, std::min(j + range, keys)}});
-      b = end;
     }
-    auto body = [&](int64_t index, int64_t worker) {
-      const Task& task = tasks[index];
-      KeyScratch& scratch = key_scratch_.get(worker);
-      const int64_t step = std::max<int64_t>(1, kGroupRows / blocks_.max_rows);
-      for (int64_t b = task.first; b < task.last; b += step) {
-        group_key_gradients(b, std::min(b + step, task.last), pairs.data() + (b - first), task.keys, scratch);
-      }
-    };
-    parallel(executor_, static_cast<int64_t>(tasks.size()), body);
   }
 
-  // The pairs of a few blocks with keys in one range, sorted by key (stable: rows stay ascending).
+  // A group's pairs of one range, sorted by key (stable: rows stay ascending).
   struct KeyScratch {
-    struct Piece {  // one row's part of the range
-      const int32_t* index;
-      const A* prob;
-      const A* ds;
-      int64_t count;
-    };
-    std::vector<Piece> pieces;
     std::vector<const T*> q, dout;  // by row of the group
     Buffer<int32_t> start;          // by key, then one more
     Buffer<int32_t> row;
     Buffer<A> prob, ds;
   };
 
-  void group_key_gradients(int64_t first, int64_t last, const BlockPairs<A>* pairs, const Span& keys,
-                           KeyScratch& s) {
-    s.pieces.clear();
+  // dk and dv of the keys of one range, over all groups of the segment.
+  void key_gradients(const KeyTask& task, int64_t worker) {
+    KeyScratch& scratch = key_scratch_.get(worker);
+    const Segment& segment = segments_[task.segment];
+    for (int64_t i = segment.first_group; i < segment.last_group; ++i) {
+      if (task.range < groups_[i].ranges) group_key_gradients(groups_[i], task.range, scratch);
+    }
+  }
+
+  void group_key_gradients(const PairGroup& group, int64_t range, KeyScratch& s) {
+    const int32_t* starts = starts_.data() + group.start + range;
+    const int64_t total = starts[1] - starts[0];
+    if (total == 0) return;
+    const int32_t* index = index_.data() + group.pair + starts[0];
+    const A* prob = prob_.data() + group.pair + starts[0];
+    const A* ds = ds_.data() + group.pair + starts[0];
+    const int32_t* piece = pieces_.data() + group.piece + range * group.rows;
+    const int32_t first_key = static_cast<int32_t>(range * group.range);
+
+    const Block& block = blocks_.list[group.blocks.first];
+    const Sequence& seq = problem_.sequences[block.sequence];
     s.q.clear();
     s.dout.clear();
-    int64_t total = 0;
-    for (int64_t b = first; b < last; ++b) {
-      const Block& block = blocks_.list[b];
-      const Sequence& seq = problem_.sequences[block.sequence];
-      for (int64_t t = 0; t < block.tokens; ++t) {
-        const RowPlan row_plan = plan(block, t);
-        if (row_plan.kept == 0 || row_plan.seen.end <= keys.begin) continue;
-        for (int64_t g = 0; g < blocks_.group; ++g) {
-          const int64_t row = row_of(block, t, g);
-          if (static_cast<const A*>(p_.lse)[row] == -std::numeric_limits<A>::infinity()) continue;
-          const BlockPairs<A>& mine = pairs[b - first];
-          const int32_t* kept = index(block, mine, t, g);
-          const int32_t* kept_end = kept + row_plan.kept;
-          const int32_t* begin = std::lower_bound(kept, kept_end, static_cast<int32_t>(keys.begin));
-          const int32_t* end = std::lower_bound(begin, kept_end, static_cast<int32_t>(keys.end));
-          if (begin == end) continue;
-          const int64_t offset = begin - kept;
-          s.pieces.push_back({begin, prob(block, mine, t, g) + offset,
-                              mine.ds + (t * blocks_.group + g) * mine.width + offset, end - begin});
-          const int64_t token = seq.q_begin + block.token + t;
-          s.q.push_back(at<T>(p_.q, seq.batch, token, block.kv_head * blocks_.group + g));
-          s.dout.push_back(at<T>(p_.dout, seq.batch, token, block.kv_head * blocks_.group + g));
-          total += end - begin;
-        }
-      }
-    }
-    if (total == 0) return;
-    const int64_t n = keys.size();
-    if (s.start.size() < n + 1) s.start = Buffer<int32_t>(n + 1);
-    if (s.row.size() < total) {
-      s.row = Buffer<int32_t>(total);
-      s.prob = Buffer<A>(total);
-      s.ds = Buffer<A>(total);
-    }
+    for_rows(group, [&](const Block& b, int64_t t, int64_t g) {
+      const int64_t head = b.kv_head * blocks_.group + g;
+      s.q.push_back(at<T>(p_.q, seq.batch, seq.q_begin + b.token + t, head));
+      s.dout.push_back(at<T>(p_.dout, seq.batch, seq.q_begin + b.token + t, head));
+    });
+
+    const int64_t n = group.range;
+    reserve(s.start, n + 1);
+    reserve(s.row, total);
+    reserve(s.prob, total);
+    reserve(s.ds, total);
     int32_t* start = s.start.data();
     memset(start, 0, (n + 1) * sizeof *start);
-    for (const auto& piece : s.pieces) {
-      for (int64_t i = 0; i < piece.count; ++i) ++start[piece.index[i] - keys.begin];
-    }
+    for (int64_t e = 0; e < total; ++e) ++start[index[e] - first_key];
     int32_t sum = 0;
     for (int64_t j = 0; j <= n; ++j) {
       const int32_t count = start[j];
       start[j] = sum;
       sum += count;
     }
-    for (size_t r = 0; r < s.pieces.size(); ++r) {
-      const auto& piece = s.pieces[r];
-      for (int64_t i = 0; i < piece.count; ++i) {
-        const int32_t to = start[piece.index[i] - keys.begin]++;
+    for (int64_t r = 0, e = 0; r < group.rows; ++r) {
+      for (const int64_t end = e + piece[r]; e < end; ++e) {
+        const int32_t to = start[index[e] - first_key]++;
         s.row[to] = static_cast<int32_t>(r);
-        s.prob[to] = piece.prob[i];
-        s.ds[to] = piece.ds[i];
+        s.prob[to] = prob[e];
+        s.ds[to] = ds[e];
       }
     }
-    const Block& block = blocks_.list[first];
-    const Sequence& seq = problem_.sequences[block.sequence];
-    const auto q_row = [&](int32_t r) { return s.q[r]; };
-    const auto dout_row = [&](int32_t r) { return s.dout[r]; };
+    const auto q_row = [rows = s.q.data()](int32_t r) { return rows[r]; };
+    const auto dout_row = [rows = s.dout.data()](int32_t r) { return rows[r]; };
     // The fill has moved start[j] to the end of key j's pairs.
     for (int64_t j = 0, begin = 0; j < n; begin = start[j++]) {
       const int64_t count = start[j] - begin;
       if (count == 0) continue;
-      A* dk = at_mutable<A>(p_.dk, seq.batch, seq.k_begin + keys.begin + j, block.kv_head);
-      A* dv = at_mutable<A>(p_.dv, seq.batch, seq.k_begin + keys.begin + j, block.kv_head);
+      A* dk = at_mutable<A>(p_.dk, seq.batch, seq.k_begin + first_key + j, block.kv_head);
+      A* dv = at_mutable<A>(p_.dv, seq.batch, seq.k_begin + first_key + j, block.kv_head);
       for_channel_pieces<A>(problem_.head_dim, [&](auto m, int64_t c) {
-        gather_sum<T, decltype(m)::value>(s.row.data() + begin, s.ds.data() + begin, count, q_row, c, true,
+        gather_sum<T, decltype(m)::value>(s.row.data() + begin, s.ds.data() + begin, count, 0, q_row, c, true,
                                           dk);
       });
       for_channel_pieces<A>(problem_.v_dim, [&](auto m, int64_t c) {
-        gather_sum<T, decltype(m)::value>(s.row.data() + begin, s.prob.data() + begin, count, dout_row, c,
+        gather_sum<T, decltype(m)::value>(s.row.data() + begin, s.prob.data() + begin, count, 0, dout_row, c,
                                           true, dv);
       });
     }
@@ -341,11 +426,15 @@ class Backward {
   const Executor& executor_;
   Blocks blocks_;
   bool saved_;
-  Buffer<A> ds_, prob_;
-  Buffer<int32_t> index_;
+  int64_t max_pairs_;
+  std::vector<Segment> segments_;
+  std::vector<PairGroup> groups_;
+  std::vector<KeyTask> tasks_;
+  Buffer<int32_t> index_, pieces_, starts_;
+  Buffer<A> prob_, ds_;
   std::unique_ptr<PackedKeys<T>> keys_;
   PerWorker<BlockScratch<A>> workers_;
-  PerWorker<Buffer<A>> row_buffers_{executor_.workers};
+  PerWorker<RowScratch> row_scratch_{executor_.workers};
   PerWorker<KeyScratch> key_scratch_{executor_.workers};
   std::atomic<bool> foreign_{false};
 };

@@ -1,5 +1,5 @@
 // Work decomposition of training: blocks of query tokens of one (sequence, KV head), and the packed keys they
-// score against. The decomposition depends on the problem only, never on the number of threads.
+// score against. Blocks depend on the problem only, never on the number of threads.
 
 // Tokens [token, token + tokens) of one KV group; its rows are token-major, then heads of the group.
 struct Block {
@@ -37,6 +37,26 @@ Blocks make_blocks(const Problem& p) {
   return blocks;
 }
 
+// Blocks [first, last) of one (sequence, KV head) whose rows walk the keys together, range by range, so that
+// the rows of K and V in a range stay in the second-level cache while every row of the group visits them. A
+// row's sums run over its keys in ascending order whatever the groups and ranges, so neither changes a bit.
+struct Group {
+  int64_t first;
+  int64_t last;
+};
+inline constexpr int64_t kGroupRows = 384;
+
+// Keys of a range: about 16 kept keys a row (finding a row's part costs as much as a few of them), within the
+// cache.
+inline int64_t range_of(int64_t keys, int64_t kept, int64_t row_bytes) {
+  constexpr int64_t kRangeBytes = int64_t{1} << 18;
+  const int64_t wanted = 16 * keys / std::max<int64_t>(1, kept);
+  const int64_t room = std::max<int64_t>(128, kRangeBytes / row_bytes);
+  // So few kept keys that rows of a group would share hardly any: what matters is to walk few ranges.
+  if (kGroupRows * kept < keys) return std::clamp<int64_t>(wanted, room, 8 * room);
+  return std::clamp<int64_t>(wanted, 128, room);
+}
+
 template <typename T>
 const T* at(const View& view, int64_t batch, int64_t token, int64_t head) {
   return static_cast<const T*>(view.data) + batch * view.batch + token * view.token + head * view.head;
@@ -44,6 +64,25 @@ const T* at(const View& view, int64_t batch, int64_t token, int64_t head) {
 template <typename T>
 T* at_mutable(const View& view, int64_t batch, int64_t token, int64_t head) {
   return static_cast<T*>(view.data) + batch * view.batch + token * view.token + head * view.head;
+}
+
+// The rows of one head from `data` on, by position. By value in every loop: nothing that is stored can change
+// it.
+template <typename T>
+struct HeadRows {
+  const T* data;
+  int64_t stride;
+  const T* operator()(int32_t j) const { return data + j * stride; }
+};
+template <typename T>
+HeadRows<T> key_rows(const View& view, const Sequence& seq, int64_t kv_head) {
+  return {at<T>(view, seq.batch, seq.k_begin, kv_head), view.token};
+}
+
+// Room for n elements; what the buffer held is lost when it grows.
+template <typename E>
+void reserve(Buffer<E>& buffer, int64_t n) {
+  if (buffer.size() < n) buffer = Buffer<E>(n);
 }
 
 // Runs body(task, worker) on the executor.

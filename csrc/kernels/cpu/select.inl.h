@@ -38,6 +38,37 @@ inline int64_t count_at_least(const int64_t* keys, int64_t n, int64_t bound) {
   return total;
 }
 
+// Moves the keys at or above `bound` (kAbove) or those below it to the front, in order; returns how many.
+template <bool kAbove>
+inline int64_t keep_side(int32_t* keys, int64_t n, int32_t bound) {
+  using I = Vec<float>::ints_unaligned;
+  constexpr int L = Vec<float>::kLanes;
+  int64_t m = 0;
+  int64_t i = 0;
+  // A whole vector is written at m <= i: what it overwrites has been read.
+  for (; i + L <= n; i += L) {
+    const Vec<float>::ints key = *reinterpret_cast<const I*>(keys + i);
+    m += compress(keys + m, key, kAbove ? key >= bound : key < bound);
+  }
+  for (; i < n; ++i) {
+    const int32_t key = keys[i];
+    keys[m] = key;
+    m += kAbove ? key >= bound : key < bound;
+  }
+  return m;
+}
+
+template <bool kAbove>
+inline int64_t keep_side(int64_t* keys, int64_t n, int64_t bound) {
+  int64_t m = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t key = keys[i];
+    keys[m] = key;
+    m += kAbove ? key >= bound : key < bound;
+  }
+  return m;
+}
+
 // The w-th greatest of n keys (1 <= w <= n). `active` is overwritten and may be the keys' own copy.
 template <typename Key>
 Key kth_greatest(Key* active, int64_t n, int64_t w) {
@@ -61,26 +92,12 @@ Key kth_greatest(Key* active, int64_t n, int64_t w) {
         for (int64_t i = 0; i < n; ++i) least = active[i] >= mid && active[i] < least ? active[i] : least;
         return least;
       }
-      if (count * 2 < n) {
-        int64_t m = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const Key key = active[i];
-          active[m] = key;
-          m += key >= mid;
-        }
-        n = m;
-      }
+      if (count * 2 < n) n = keep_side<true>(active, n, mid);
     } else {
       hi = mid - 1;
       if ((n - count) * 2 < n) {
-        int64_t m = 0;
-        for (int64_t i = 0; i < n; ++i) {
-          const Key key = active[i];
-          active[m] = key;
-          m += key < mid;
-        }
-        w -= n - m;
-        n = m;
+        n = keep_side<false>(active, n, mid);
+        w -= count;
       }
     }
   }
@@ -124,14 +141,19 @@ inline int64_t filter(const float* scores, int64_t n, float bound, SelectScratch
     }
     if (!any(pass[0] | pass[1] | pass[2] | pass[3])) continue;
     for (int u = 0; u < 4; ++u) {
-      compress(keys + m, order_keys(s[u]), pass[u]);
+      compress(keys + m, as<I>(s[u]), pass[u]);
       m += compress(positions + m, lanes + static_cast<int32_t>(i + u * L), pass[u]);
     }
   }
   for (; i < n; ++i) {
-    keys[m] = order_key(scores[i]);
+    memcpy(keys + m, scores + i, sizeof *keys);
     positions[m] = static_cast<int32_t>(i);
     m += !(scores[i] < bound);
+  }
+  // Few pass: their order keys are made here rather than above. The lists have a vector of slack.
+  for (i = 0; i < m; i += L) {
+    const I key = order_keys(load(reinterpret_cast<const float*>(keys + i)));
+    memcpy(keys + i, &key, sizeof key);
   }
   return m;
 }

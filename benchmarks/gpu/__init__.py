@@ -1,0 +1,1 @@
+"""Parts of benchmarks/attention.py: inputs, competitors, checks, timing, memory."""

@@ -1,0 +1,6 @@
+#include "masked_forward.cuh"
+
+namespace topk_attn::cuda::sm90 {
+template cudaError_t launch_masked_forward<__nv_bfloat16, 64>(const ForwardCall&, cudaStream_t);
+template cudaError_t launch_masked_forward<__nv_bfloat16, 128>(const ForwardCall&, cudaStream_t);
+}  // namespace topk_attn::cuda::sm90
