@@ -19,7 +19,7 @@ def budget(n, *, topk=None, ratio=None, min_keys=1, max_keys=None):
 
 
 def build_info():
-    return {"library": os.environ["TOPK_LIB"]}
+    return {"library": os.path.basename(os.environ["TOPK_LIB"])}
 
 
 def cpu_isa():

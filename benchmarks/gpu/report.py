@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import json
 import os
 import platform
@@ -79,12 +78,12 @@ def row_line(row: Row) -> str:
 
 
 def source_hash() -> str:
-    """sha256 over the kernels' and operators' sources, names included."""
-    digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").rglob("*")):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    """As scripts/csrc_hash.sh: of the sources that a carried library was built from, else of those here."""
+    carried = Path(os.environ.get("TOPK_CARRY", "/nonexistent")) / "csrc_hash"
+    if carried.is_file():
+        return carried.read_text().strip()
+    command = ["bash", str(ROOT / "scripts" / "csrc_hash.sh")]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def card_state() -> dict[str, str]:

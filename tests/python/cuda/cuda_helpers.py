@@ -302,7 +302,10 @@ def assert_twice_dense(actual, dense, exact, dtype, what: str) -> None:
         return
     assert actual.isfinite().all(), f"{what}: not finite at {first_difference(actual.isfinite(), True)}"
     error = (actual.double() - exact).abs() - ROUNDING[dtype] * exact.abs()
-    allowed = 2 * float((dense.double() - exact).abs().max()) + FLOOR[dtype] * float(exact.abs().max())
+    largest = float(exact.abs().max())
+    allowed = 2 * float((dense.double() - exact).abs().max()) + FLOOR[dtype] * largest
+    # What is zero but for rounding (dQ and dK of rows that keep one key) is a difference of terms of order 1.
+    allowed += FLOOR[F32] * max(0.0, 1.0 - largest)
     worst, at = float(error.max()), op_helpers.unravel(error.argmax().cpu(), error.shape)
     assert worst <= allowed, f"{what}: error {worst:.3e} > {allowed:.3e} at {at}"
 

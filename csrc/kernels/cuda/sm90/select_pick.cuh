@@ -20,15 +20,24 @@ struct KeptBits {
   uint32_t* global;
   uint32_t shared;
   bool is_shared;
-  __device__ void set(int key) const {
-    const uint32_t bit = 1u << (key % 32);
+  // The key of `code` of lane `t` of a quad: see key_of_bit(). Predicated, no branch.
+  __device__ void set(bool kept, uint32_t code, int t) const {
+    const uint32_t bit = 1u << (((code & 6) << 2) + (code & 1) + 2 * t);
     if (is_shared) {
-      asm volatile("red.shared.or.b32 [%0], %1;" ::"r"(shared + key / 32 * 4), "r"(bit));
-    } else if (global != nullptr) {
-      asm volatile("red.global.or.b32 [%0], %1;" ::"l"(global + key / 32), "r"(bit));
+      asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p red.shared.or.b32 [%0], %1;\n}" ::"r"(
+                       shared + (code >> 3) * 4),
+                   "r"(bit), "r"(static_cast<uint32_t>(kept)));
+    } else {
+      asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %2, 0;\n@p red.global.or.b32 [%0], %1;\n}" ::"l"(
+                       global + (code >> 3)),
+                   "r"(bit), "r"(static_cast<uint32_t>(kept)));
     }
   }
 };
+
+__device__ inline int key_of_code(int code, int t) {
+  return (code >> 5) * kBlockKeys + key_of_bit(code & 31, t);
+}
 
 __device__ inline int warp_sum(int x) {
   return static_cast<int>(__reduce_add_sync(~0u, x));
@@ -48,25 +57,41 @@ __device__ inline int count_over(const int32_t (&keys)[N], int32_t bound) {
   return warp_sum(count);
 }
 
+struct Kth {
+  int32_t key;
+  int32_t largest;  // of all keys
+  int32_t ties;     // how many of the keys equal to `key` count; 0: all of them
+};
+
 // The rank-th largest of the keys of a warp (rank from 1; `total` of them valid, the others are INT32_MIN).
-// Interpolation between two bounds, with a plain halving every third step.
+// Interpolation between two bounds, with a plain halving every third step: about six steps for a few hundred
+// keys.
 template <int N>
-__device__ inline int32_t kth_largest(const int32_t (&keys)[N], int rank, int total) {
+__device__ inline Kth kth_largest(const int32_t (&keys)[N], int rank, int total) {
   constexpr int32_t kNone = INT32_MIN;
-  int32_t smallest = INT32_MAX, largest = kNone;
+  int32_t largest = kNone;
+  uint32_t smallest = 0xffffffffu;  // of key + INT32_MIN - 1, which puts kNone last
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     largest = max(largest, keys[i]);
-    if (keys[i] != kNone) smallest = min(smallest, keys[i]);
+    smallest = min(smallest, (static_cast<uint32_t>(keys[i]) ^ 0x80000000u) - 1);
   }
   // Over `low` lie low_count >= rank keys, over `high` lie high_count < rank.
-  int32_t low = __reduce_min_sync(~0u, smallest) - 1, high = __reduce_max_sync(~0u, largest);
+  Kth result;
+  result.largest = __reduce_max_sync(~0u, largest);
+  result.ties = 0;
+  int32_t low = static_cast<int32_t>(__reduce_min_sync(~0u, smallest) ^ 0x80000000u), high = result.largest;
   int low_count = total, high_count = 0;
   for (int step = 0; low_count != rank; ++step) {
     const uint32_t width = static_cast<uint32_t>(high) - static_cast<uint32_t>(low);
-    if (width <= 1) return high;
-    const float share =
-        step % 3 == 2 ? 0.5f : (low_count - rank + 0.5f) / static_cast<float>(low_count - high_count);
+    if (width <= 1) {
+      result.key = high;
+      result.ties = rank - high_count;
+      return result;
+    }
+    const float share = step % 3 == 2
+                            ? 0.5f
+                            : __fdividef(low_count - rank + 0.5f, static_cast<float>(low_count - high_count));
     uint32_t offset = static_cast<uint32_t>(static_cast<float>(width) * share);
     offset = min(max(offset, 1u), width - 1);
     const int32_t middle = static_cast<int32_t>(static_cast<uint32_t>(low) + offset);
@@ -82,12 +107,13 @@ __device__ inline int32_t kth_largest(const int32_t (&keys)[N], int rank, int to
   int32_t best = INT32_MAX;
 #pragma unroll
   for (int i = 0; i < N; ++i) best = keys[i] > low ? min(best, keys[i]) : best;
-  return __reduce_min_sync(~0u, best);
+  result.key = __reduce_min_sync(~0u, best);
+  return result;
 }
 
 // Settles one row of at most 32 * N entries. Writes threshold and tie_index and sets the bits of the
-// candidates that are kept; Returns false if the candidates do not decide the row;
-// `foreign` then says whether keys above the bracket may be beyond the W best.
+// candidates that are kept. Returns false if the candidates do not decide the row; `foreign` then says
+// whether keys above the bracket may be beyond the W best.
 template <int N, bool kStaged>
 __device__ inline bool pick_row(const RowCandidates& row, int kept, float* threshold, int32_t* tie_index,
                                 const KeptBits& bits, bool& foreign) {
@@ -100,12 +126,14 @@ __device__ inline bool pick_row(const RowCandidates& row, int kept, float* thres
   foreign = rank < 1;
   if (rank < 1 || rank > total) return false;
   // Short lists lie in shared memory, others are read from global memory, the key codes only where needed.
-  const auto read = [&](int i, int half) {
-    uint32_t word;
+  const uint32_t staged = row.staged + lane * 8;
+  const uint32_t* const entries = reinterpret_cast<const uint32_t*>(row.entries + lane);
+  const auto read = [&](int i, int half, bool wanted) {
+    uint32_t word = 0;
     if constexpr (kStaged) {
-      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(row.staged + (32 * i + lane) * 8 + 4 * half));
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(staged + 256 * i + 4 * half));
     } else {
-      word = __ldcg(reinterpret_cast<const uint32_t*>(row.entries + 32 * i + lane) + half);
+      if (wanted) word = __ldcg(entries + 64 * i + half);
     }
     return word;
   };
@@ -113,45 +141,39 @@ __device__ inline bool pick_row(const RowCandidates& row, int kept, float* thres
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const bool valid = 8 * i + lane / 4 < mine;
-    const uint32_t score = kStaged || valid ? read(i, 0) : 0;
+    const uint32_t score = read(i, 0, valid);
     keys[i] = valid ? order_key(__uint_as_float(score)) : kNone;
   }
-  const auto key_index = [&](int i) {
-    const int code = static_cast<int>(read(i, 1));
-    return (code >> 5) * kBlockKeys + key_of_bit(code & 31, t);
-  };
-  const int32_t best = kth_largest(keys, rank, total);
+  const Kth kth = kth_largest(keys, rank, total);
+  const int32_t best = kth.key;
   // A NaN comes before the keys above the bracket, which were counted as the first ones.
-  if (row.above > 0 && count_over(keys, INT32_MAX - 1) > 0) {
+  if (row.above > 0 && kth.largest == INT32_MAX) {
     foreign = true;
     return false;
   }
-  const int over = count_over(keys, best);
-  const int ties = count_over(keys, best - 1) - over;
   int last = -1;
-  if (ties == 1 || ties == rank - over) {
-    // Every tie is kept: the last one has the largest index.
+  if (kth.ties == 0) {
+    // Every tie is kept: the last one has the largest index. In one lane, codes ascend with the keys.
+    int code = -1;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (!kStaged && i % 8 == 0) few_loads_in_flight();
-      if (keys[i] == best) last = max(last, key_index(i));
+      if (keys[i] == best) code = max(code, static_cast<int>(read(i, 1, true)));
     }
-    last = __reduce_max_sync(~0u, last);
+    last = __reduce_max_sync(~0u, code < 0 ? -1 : key_of_code(code, t));
   } else {
-    // The smallest index with rank - over ties at or below it.
+    // The smallest index with kth.ties ties at or below it.
     int low = -1, high = INT32_MAX - 1;
     while (high - low > 1) {
       const int middle = low + (high - low) / 2;
       int count = 0;
 #pragma unroll 1
-      for (int i = 0; 8 * i < row.counts.x + row.counts.y + row.counts.z + row.counts.w && i < N; ++i) {
+      for (int i = 0; 8 * i < total && i < N; ++i) {
         if (8 * i + lane / 4 >= mine) continue;
         const uint2 entry = row.entries[32 * i + lane];
-        const int code = static_cast<int>(entry.y);
         count += order_key(__uint_as_float(entry.x)) == best &&
-                 (code >> 5) * kBlockKeys + key_of_bit(code & 31, t) <= middle;
+                 key_of_code(static_cast<int>(entry.y), t) <= middle;
       }
-      (warp_sum(count) >= rank - over ? high : low) = middle;
+      (warp_sum(count) >= kth.ties ? high : low) = middle;
     }
     last = high;
   }
@@ -159,16 +181,15 @@ __device__ inline bool pick_row(const RowCandidates& row, int kept, float* thres
     constexpr int kTogether = 8;  // loads in flight
 #pragma unroll
     for (int i0 = 0; i0 < N; i0 += kTogether) {
-      int key[kTogether];
+      uint32_t code[kTogether];
 #pragma unroll
-      for (int i = i0; i < min(N, i0 + kTogether); ++i) {
-        key[i - i0] = keys[i] >= best && keys[i] != kNone ? key_index(i) : 0;
-      }
+      for (int i = i0; i < min(N, i0 + kTogether); ++i) code[i - i0] = read(i, 1, keys[i] >= best);
       few_loads_in_flight();
 #pragma unroll
       for (int i = i0; i < min(N, i0 + kTogether); ++i) {
-        if (keys[i] != kNone && (keys[i] > best || (keys[i] == best && key[i - i0] <= last)))
-          bits.set(key[i - i0]);
+        bool take = keys[i] >= best;
+        if (kth.ties != 0 && keys[i] == best) take = key_of_code(static_cast<int>(code[i - i0]), t) <= last;
+        bits.set(take, code[i - i0], t);
       }
     }
   }

@@ -46,17 +46,26 @@ struct SweepShared {
   static constexpr int kMasks = kSlots + 8 * kSlotBuffers * kSlotBytes;
   static constexpr int kCounts = kMasks + 8 * kSlotBuffers * kMaskBytes;  // int4 per row
   static constexpr int kAbove = kCounts + kCtaRows * 16;                  // int per row
-  static constexpr int kBarriers = kAbove + kCtaRows * 4;  // stage full, stage empty, slot full, slot empty
+  static constexpr int kTasks = kAbove + kCtaRows * 4;                    // RowTask per row
+  static constexpr int kBarriers = kTasks + kCtaRows * 16;  // stage full, stage empty, slot full, slot empty
   static constexpr int kState = kBarriers + (2 * kStages + 4 * 8) * 8;
   static constexpr int kBytes = kState + 64;
   // The pick: bits of two tiles lie where the stages were, candidates where the slots were.
   static constexpr int kBitmapWords = kSlots / 4 / 2;
 };
 
+// What the pick needs to know of a row.
+struct RowTask {
+  int64_t at;    // its place in threshold and tie_index
+  int32_t kept;  // W; negative: no such row
+  int32_t pad;
+};
+
 // Of one CTA, in shared memory.
 struct SweepState {
   int32_t next_item;
   int32_t pad;
+  uint2* candidates;  // SelectParams::candidates; 8 bytes from the begin
   uint64_t unsettled[2];
   uint32_t rebuild[2];
 };
@@ -161,6 +170,7 @@ struct Sweep {
     return reinterpret_cast<uint2*>(memory + Shared::kMasks + (warp * kSlotBuffers + buffer) * kMaskBytes);
   }
   __device__ SweepState& state() const { return *reinterpret_cast<SweepState*>(memory + Shared::kState); }
+  __device__ RowTask* tasks() const { return reinterpret_cast<RowTask*>(memory + Shared::kTasks); }
   __device__ uint2* candidates(int row) const {
     return p.candidates + (int64_t{static_cast<int>(blockIdx.x)} * kCtaRows + row) * (4 * p.capacity);
   }
@@ -336,10 +346,10 @@ struct Sweep {
     const int lane = threadIdx.x % 32;
     const int row = warp * 16 + lane / 4;  // of the CTA
     const bool bitmap = p.out.bitmap != nullptr;
-    // Through a shuffle, so that it stays in registers: loaded from the parameters anew, it would hold up
+    // From shared memory, so that it stays in registers: loaded from the parameters anew, it would hold up
     // every store.
-    auto* const base =
-        reinterpret_cast<uint8_t*>(__shfl_sync(~0u, reinterpret_cast<unsigned long long>(p.candidates), 0));
+    uint8_t* base;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(base) : "r"(shared + Shared::kState + 8) : "memory");
     Ring<kSlotBuffers> buffer;
     for (int item = next_item(); item < p.items; item = next_item()) {
       cluster_sync();
@@ -420,6 +430,17 @@ struct Sweep {
     if (bitmap && staged) {
       for (int i = thread; i < 2 * words; i += 512) bits[i] = 0;
     }
+    if (thread < kCtaRows) {
+      const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + thread / kTileRows);
+      const Tile t = tile_of(p.call, slot);
+      const int r = thread % kTileRows;
+      RowTask task{0, -1, 0};
+      if (r < t.rows) {
+        task.at = row_index(p.call, t, slot.head, t.row0 + r);
+        task.kept = static_cast<int32_t>(row_plan(p.call, t, t.row0 + r).kept);
+      }
+      tasks()[thread] = task;
+    }
     if (thread < 2) {
       state().unsettled[thread] = 0;
       state().rebuild[thread] = 0;
@@ -482,19 +503,16 @@ struct Sweep {
   template <int kMore, int N>
   __device__ void pick_one(int item, int row, uint32_t staged) const {
     const int half = row / kTileRows;
-    const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + half);
-    const Tile t = tile_of(p.call, slot);
-    if (row % kTileRows >= t.rows) return;
+    const RowTask task = tasks()[row];
+    if (task.kept < 0) return;
     const RowCandidates found{candidates(row), staged, counts_of(row),
                               reinterpret_cast<const int32_t*>(memory + Shared::kAbove)[row]};
     const int longest = longest_of(found.counts);
     const bool overflow = longest > p.capacity;
     if (overflow ? kMore != 0 : longest > 8 * N || (kMore != 0 && longest <= 8 * kMore)) return;
-    const int i = t.row0 + row % kTileRows;
-    const int64_t at = row_index(p.call, t, slot.head, i);
-    const int kept = static_cast<int>(row_plan(p.call, t, i).kept);
+    const int64_t at = task.at;
     const int lane = threadIdx.x % 32;
-    if (kept == 0) {
+    if (task.kept == 0) {
       if (lane == 0) {
         p.out.threshold[at] = order_score(INT32_MAX);
         p.out.tie_index[at] = -1;
@@ -508,11 +526,11 @@ struct Sweep {
         bits.is_shared = true;
         bits.shared = shared + half * static_cast<uint32_t>(words) * 4;
       } else {
-        bits.global = bitmap_of(slot);
+        bits.global = bitmap_of(slot_at(p, item, 2 * static_cast<int>(rank) + half));
       }
     }
     bool foreign = true;
-    const bool settled = !overflow && pick_row<N, kMore == 0>(found, kept, p.out.threshold + at,
+    const bool settled = !overflow && pick_row<N, kMore == 0>(found, task.kept, p.out.threshold + at,
                                                               p.out.tie_index + at, bits, foreign);
     if (!settled && lane == 0) {
       atomicOr(reinterpret_cast<unsigned long long*>(&state().unsettled[half]), 1ull << (row % kTileRows));
@@ -562,7 +580,9 @@ __global__ void __launch_bounds__(kSweepThreads, 1) __cluster_dims__(2, 1, 1)
     }
     barrier_init_fence();
     sweep.state().next_item = blockIdx.x / 2;
+    sweep.state().candidates = p.candidates;
   }
+  __syncthreads();
   const int role = threadIdx.x / 256;
   if (role == 0) {
     registers_raise<128>();
