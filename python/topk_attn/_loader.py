@@ -20,7 +20,7 @@ def check_torch(running: str) -> None:
     if _build_info is None:
         raise ImportError(
             "topk_attn is not built: install it with `pip install .` in the source folder, or build the "
-            "CMake target topk_python_inplace."
+            "CMake target inplace_python."
         )
     built = _build_info.torch_version
     if running.split(".")[:2] != built.split(".")[:2]:
