@@ -39,9 +39,11 @@ inline std::vector<int64_t> row_sizes(const Shape& shape, std::optional<int64_t>
   return sizes;
 }
 
-// A tensor that the forward made and the caller hands back to the backward.
-inline void check_state(const Tensor& t, const char* name, at::ScalarType dtype,
+// A tensor that the forward made and the caller hands back to the backward, on q's device.
+inline void check_state(const Tensor& t, const char* name, const Tensor& q, at::ScalarType dtype,
                         const std::vector<int64_t>& sizes) {
+  TORCH_CHECK(t.device() == q.device(), "topk_attn: ", name, " is on ", t.device(), ", but q is on ",
+              q.device(), ": they must be on one device");
   TORCH_CHECK(t.scalar_type() == dtype && t.sizes() == at::IntArrayRef(sizes), "topk_attn: ", name,
               " must be as the forward returned it, ", dtype, " of sizes ", at::IntArrayRef(sizes), ", got ",
               t.scalar_type(), " of sizes ", t.sizes());

@@ -183,12 +183,12 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
   const auto acc = q.options().dtype(acc_type);
   auto out_sizes = q.sizes().vec();
   out_sizes.back() = shape.v_dim;
-  check_state(dout, "dout", q.scalar_type(), out_sizes);
-  check_state(out, "out", q.scalar_type(), out_sizes);
-  check_state(lse, "lse", acc_type, row_sizes(shape));
-  check_state(threshold, "threshold", acc_type, row_sizes(shape));
-  check_state(tie_index, "tie_index", at::kInt, row_sizes(shape));
-  if (dlse.has_value()) check_state(*dlse, "dlse", acc_type, row_sizes(shape));
+  check_state(dout, "dout", q, q.scalar_type(), out_sizes);
+  check_state(out, "out", q, q.scalar_type(), out_sizes);
+  check_state(lse, "lse", q, acc_type, row_sizes(shape));
+  check_state(threshold, "threshold", q, acc_type, row_sizes(shape));
+  check_state(tie_index, "tie_index", q, at::kInt, row_sizes(shape));
+  if (dlse.has_value()) check_state(*dlse, "dlse", q, acc_type, row_sizes(shape));
 
   BackwardParams p;
   p.problem = problem_of(q, shape, settings, causal);
@@ -197,8 +197,8 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
   p.problem.softmax_scale = check_scale(softmax_scale, shape.head_dim);
   if (kept_index.numel() > 0) {
     p.kept_width = saved_width(shape, settings, true);
-    check_state(kept_index, "kept_index", at::kInt, row_sizes(shape, p.kept_width));
-    check_state(kept_prob, "kept_prob", acc_type, row_sizes(shape, p.kept_width));
+    check_state(kept_index, "kept_index", q, at::kInt, row_sizes(shape, p.kept_width));
+    check_state(kept_prob, "kept_prob", q, acc_type, row_sizes(shape, p.kept_width));
   }
   // Gradients may come expanded (stride 0); channels must be adjacent for the kernels.
   const Tensor dout_rows = dout.stride(-1) == 1 ? dout : dout.contiguous();

@@ -119,9 +119,16 @@ int32_t narrow(int64_t value, const char* what) {
   return static_cast<int32_t>(value);
 }
 
+// q's device, for calls that the dispatcher sent here because of another tensor.
+c10::Device device_of(const Tensor& q, const Tensor& other) {
+  TORCH_CHECK(q.is_cuda(), "topk_attn: q is on ", q.device(), ", but k is on ", other.device(),
+              ": they must be on one device");
+  return q.device();
+}
+
 Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
                  const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
-                 const Settings& settings, double softmax_scale) {
+                 const Settings& settings, std::optional<double> softmax_scale) {
   Prepared p;
   p.shape =
       check_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, symbolic(max_seqlen_q), symbolic(max_seqlen_k));
@@ -147,7 +154,7 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   c.budget = settings.budget;
   c.sink = settings.sink;
   c.recent = settings.recent;
-  c.softmax_scale = static_cast<float>(softmax_scale);
+  c.softmax_scale = static_cast<float>(check_scale(softmax_scale, shape.head_dim));
   c.rows = RowLayout{shape.packed ? 0 : shape.heads * c.tq, c.tq};
   c.q = aligned_view(p.q);
   c.k = aligned_view(p.k);
@@ -175,9 +182,11 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   return p;
 }
 
-// Whether every row keeps all that it sees, whatever its length.
+// Whether every row sees something and keeps all of it, whatever its length. (A packed document may have more
+// queries than keys, which the host does not know: its first rows see nothing and admit all of that.)
 bool keeps_everything(const cuda::Call& c) {
-  const int64_t n = std::max(1, c.max_k);
+  const int64_t n = c.max_k;
+  if (n == 0 || (c.causal && c.cu_q == nullptr && c.tq > c.tk)) return false;
   const Budget& b = c.budget;
   return b.max_keys >= n && (b.topk >= n || b.ratio == 1.0 || b.min_keys >= n);
 }
@@ -249,7 +258,7 @@ SelectResult select(const Tensor& q, const Tensor& k, const OptTensor& cu_seqlen
                     std::string_view select, int64_t sink, int64_t recent, bool return_indices) {
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
-  const c10::cuda::CUDAGuard guard(q.device());
+  const c10::cuda::CUDAGuard guard(device_of(q, k));
   const Prepared p =
       prepare(q, k, Tensor(), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, settings, 1.0);
   const Plan plan = make_plan(p.call, false, false);
@@ -282,9 +291,9 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   TORCH_CHECK(form != Kept::kLists, "topk_attn: kept='lists' is made on the CPU only, got it for tensors on ",
               q.device());
   TORCH_CHECK(v.defined(), "topk_attn: v must be given");
-  const c10::cuda::CUDAGuard guard(q.device());
+  const c10::cuda::CUDAGuard guard(device_of(q, k));
   const Prepared p = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-                             settings, check_scale(softmax_scale, q.size(-1)));
+                             settings, softmax_scale);
   const cuda::Call& c = p.call;
   Plan plan = make_plan(c, true, deterministic);
   const auto ints = q.options().dtype(at::kInt);
@@ -351,21 +360,21 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
   deterministic = deterministic || at::globalContext().deterministicAlgorithms();
   TORCH_CHECK(v.defined(), "topk_attn: v must be given");
-  const c10::cuda::CUDAGuard guard(q.device());
+  const c10::cuda::CUDAGuard guard(device_of(q, k));
   const Prepared p = prepare(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal,
-                             settings, check_scale(softmax_scale, q.size(-1)));
+                             settings, softmax_scale);
   const cuda::Call& c = p.call;
   const Plan plan = make_plan(c, true, deterministic);
   auto out_sizes = q.sizes().vec();
   out_sizes.back() = p.shape.v_dim;
-  check_state(dout, "dout", q.scalar_type(), out_sizes);
-  check_state(out, "out", q.scalar_type(), out_sizes);
-  check_state(lse, "lse", at::kFloat, row_sizes(p.shape));
-  check_state(threshold, "threshold", at::kFloat, row_sizes(p.shape));
-  check_state(tie_index, "tie_index", at::kInt, row_sizes(p.shape));
-  if (dlse.has_value()) check_state(*dlse, "dlse", at::kFloat, row_sizes(p.shape));
+  check_state(dout, "dout", q, q.scalar_type(), out_sizes);
+  check_state(out, "out", q, q.scalar_type(), out_sizes);
+  check_state(lse, "lse", q, at::kFloat, row_sizes(p.shape));
+  check_state(threshold, "threshold", q, at::kFloat, row_sizes(p.shape));
+  check_state(tie_index, "tie_index", q, at::kInt, row_sizes(p.shape));
+  if (dlse.has_value()) check_state(*dlse, "dlse", q, at::kFloat, row_sizes(p.shape));
   if (kept_index.numel() > 0) {
-    check_state(kept_index, "kept_index", at::kInt, {c.heads, c.num_tiles, cuda::bitmap_words(c)});
+    check_state(kept_index, "kept_index", q, at::kInt, {c.heads, c.num_tiles, cuda::bitmap_words(c)});
   }
 
   const auto floats = q.options().dtype(at::kFloat);
@@ -399,8 +408,8 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
   b.dk = aligned_view(dk);
   b.dv = aligned_view(dv);
   check(cuda::delta(c, aligned_view(out_rows), b.dout,
-                    dlse_rows.defined() ? dlse_rows.data_ptr<float>() : nullptr, delta.data_ptr<float>(),
-                    p.stream),
+                    dlse_rows.defined() ? dlse_rows.data_ptr<float>() : nullptr, b.lse,
+                    delta.data_ptr<float>(), p.stream),
         "the delta kernel");
 
   // The gathered regime needs to know the unions.
@@ -496,7 +505,7 @@ PlanTuple plan_of(const Tensor& q, const Tensor& k, const OptTensor& v, bool cau
   TORCH_CHECK(q.is_cuda(), "topk_attn: q must be on CUDA to plan for a GPU, got ", q.device());
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
-  const c10::cuda::CUDAGuard guard(q.device());
+  const c10::cuda::CUDAGuard guard(device_of(q, k));
   const Prepared p = prepare(q, k, v.value_or(Tensor()), std::nullopt, std::nullopt, std::nullopt,
                              std::nullopt, causal, settings, 1.0);
   return tuple_of(make_plan(p.call, v.has_value(), deterministic));

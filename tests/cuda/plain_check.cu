@@ -285,7 +285,8 @@ class Attention {
     for (float& x : dlse_host) x = std::normal_distribution<float>()(generator);
     Device<float> dlse(dlse_host);
     const View dout_view = dout_.view(dout.get(), c_.tq);
-    cuda_ok(cuda::delta(call, out_view, dout_view, c_.dlse ? dlse.get() : nullptr, delta.get(), nullptr),
+    cuda_ok(cuda::delta(call, out_view, dout_view, c_.dlse ? dlse.get() : nullptr, lse.get(), delta.get(),
+                        nullptr),
             "delta");
     Device<float> dq(rows_ * c_.head_dim), dk(tokens_k_ * c_.kv_heads * c_.head_dim),
         dv(tokens_k_ * c_.kv_heads * c_.v_dim);
@@ -859,7 +860,8 @@ void check_helpers(int v_dim, int offset) {
   const View dout_view{dout_device.get() + offset, 0, 0, v_dim};
   const std::string name =
       "delta dtype" + std::to_string(static_cast<int>(call.dtype)) + " Dv" + std::to_string(v_dim);
-  cuda_ok(cuda::delta(call, out_view, dout_view, dlse_device.get(), delta.get(), nullptr), name.c_str());
+  cuda_ok(cuda::delta(call, out_view, dout_view, dlse_device.get(), nullptr, delta.get(), nullptr),
+          name.c_str());
   const std::vector<float> got = delta.host(name);
   double worst = 0.0;
   for (int b = 0; b < batch; ++b) {

@@ -99,6 +99,21 @@ def test_packs(dtype, d, way, causal):
                 check_pack(lq, lk, Settings(topk=5, causal=causal, select=select), dtype, d)
 
 
+@every_way()
+def test_pack_of_one_document(dtype, d, way):
+    """One document has unused query tiles beside it: no head may be dropped with them."""
+    for n in (1, 64, 65, 200):
+        for heads, kv_heads in ((3, 3), (4, 2), (8, 1)):
+            q, k, v = make_qkv(1, n, n, heads, kv_heads, d, dtype=dtype, seed=n)
+            with way.used():
+                alone = topk_attn.topk_attn_func(q, k, v, topk=9, return_lse=True)
+                packed = topk_attn.topk_attn_varlen_func(
+                    q[0], k[0], v[0], bounds([n]), bounds([n]), n, n, topk=9, return_lse=True
+                )
+            torch.testing.assert_close(packed[0], alone[0][0], rtol=2e-2, atol=2e-3)
+            torch.testing.assert_close(packed[1], alone[1][0], rtol=1e-5, atol=1e-5)
+
+
 def check_pack(lq, lk, s: Settings, dtype, d):
     """Each document's output against float64, whatever memory held before."""
     q, k, v = make_qkv(1, sum(lq), sum(lk), 4, 2, d, dtype=dtype, seed=len(lq))

@@ -64,8 +64,8 @@ __device__ __forceinline__ void store_channels(T* p, const Channels<T>& c) {
 
 template <typename T, bool kAligned>
 __global__ __launch_bounds__(kThreads) void delta_kernel(const Call call, const View out, const View dout,
-                                                         const float* const dlse, float* const delta,
-                                                         const int64_t rows) {
+                                                         const float* const dlse, const float* const lse,
+                                                         float* const delta, const int64_t rows) {
   const int lane = threadIdx.x % kLanes;
   const int64_t stride = int64_t{gridDim.x} * (kThreads / kLanes);
   // Lanes whose row is past the end stay for the shuffles.
@@ -90,7 +90,8 @@ __global__ __launch_bounds__(kThreads) void delta_kernel(const Call call, const 
     for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
     if (exists && lane == 0) {
       const int64_t row = b * call.rows.batch + h * call.rows.head + t;
-      delta[row] = dlse == nullptr ? sum : sum - dlse[row];
+      const bool nothing = lse != nullptr && lse[row] == -__int_as_float(0x7f800000);
+      delta[row] = nothing ? 0.0f : dlse == nullptr ? sum : sum - dlse[row];
     }
   }
 }
@@ -129,13 +130,14 @@ unsigned block_count(int64_t items, int64_t per_block) {
 }
 
 template <typename T>
-cudaError_t launch_delta(const Call& call, View out, View dout, const float* dlse, float* delta,
-                         cudaStream_t stream) {
+cudaError_t launch_delta(const Call& call, View out, View dout, const float* dlse, const float* lse,
+                         float* delta, cudaStream_t stream) {
   const int64_t rows = int64_t{call.cu_q == nullptr ? call.batch : 1} * call.heads * call.tq;
   if (rows == 0) return cudaSuccess;
   const bool whole = aligned(out, sizeof(T)) && aligned(dout, sizeof(T));
   const auto kernel = whole ? delta_kernel<T, true> : delta_kernel<T, false>;
-  kernel<<<block_count(rows, kThreads / kLanes), kThreads, 0, stream>>>(call, out, dout, dlse, delta, rows);
+  kernel<<<block_count(rows, kThreads / kLanes), kThreads, 0, stream>>>(call, out, dout, dlse, lse, delta,
+                                                                        rows);
   return cudaGetLastError();
 }
 
@@ -158,15 +160,15 @@ cudaError_t launch_finish(const Call& call, const float* dk_sum, const float* dv
 
 }  // namespace
 
-cudaError_t delta(const Call& call, View out, View dout, const float* dlse, float* delta,
+cudaError_t delta(const Call& call, View out, View dout, const float* dlse, const float* lse, float* delta,
                   cudaStream_t stream) {
   switch (call.dtype) {
     case DType::kFloat32:
-      return launch_delta<float>(call, out, dout, dlse, delta, stream);
+      return launch_delta<float>(call, out, dout, dlse, lse, delta, stream);
     case DType::kBFloat16:
-      return launch_delta<__nv_bfloat16>(call, out, dout, dlse, delta, stream);
+      return launch_delta<__nv_bfloat16>(call, out, dout, dlse, lse, delta, stream);
     case DType::kFloat16:
-      return launch_delta<__half>(call, out, dout, dlse, delta, stream);
+      return launch_delta<__half>(call, out, dout, dlse, lse, delta, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 2 / Config<D>::kSplit)
       const int channel = channel0 + 8 * n + pair;
       if (channel < c.v_dim) {
         *reinterpret_cast<uint32_t*>(o + channel) =
-            pack<T>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
+            sum[h] == 0.0f ? 0u : pack<T>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
       }
     }
   }

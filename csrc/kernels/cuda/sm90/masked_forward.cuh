@@ -533,7 +533,8 @@ cudaError_t launch_masked_forward(const ForwardCall& f, cudaStream_t stream) {
   const auto kernel = masked_forward_kernel<T, D>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape::kSharedBytes);
   if (error != cudaSuccess) return error;
-  const bool mixed = group % Shape::kWarpgroups != 0 && c.batch > 1;
+  // Packed calls have unused tiles, which count as another sequence.
+  const bool mixed = group % Shape::kWarpgroups != 0 && (c.batch > 1 || c.tiles != nullptr);
   const dim3 grid(static_cast<unsigned>(items * c.kv_heads), mixed ? Shape::kWarpgroups : 1);
   kernel<<<grid, Shape::kThreads, Shape::kSharedBytes, stream>>>(q_map, k_map, v_map, f, bitmap_words(c));
   return cudaGetLastError();

@@ -55,7 +55,12 @@ __device__ inline KeyBlock key_block(const Call& c, const BackwardScratch& w, in
   const int index = chain % c.batch;
   b.kv_head = chain / c.batch;
   b.sequence = sequence_at(c, index);
-  const Tile& t = b.sequence;
+  Tile& t = b.sequence;
+  if (c.tiles != nullptr && t.tq > 0) {
+    // A document that got no tiles (it overlaps an earlier one) has no share in anybody's gradients.
+    const int first = w.tile_of[t.q_begin / kTileRows + index];
+    if (first < 0 || c.tiles[first].x != index) t.tq = t.tk = 0;
+  }
   b.row_tiles = (t.tq + kTileRows - 1) / kTileRows;
   b.first_slot = c.tiles == nullptr ? index * b.row_tiles : t.q_begin / kTileRows + index;
   b.order = block_order(position, (t.tk + kBlockKeys - 1) / kBlockKeys, w.wave);
