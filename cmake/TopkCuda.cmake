@@ -6,7 +6,7 @@
 # since sm_80 runs), TOPK_CUDA_SM90 (whether the sm_90a kernels are built) and the functions of the last part.
 set(TOPK_CUDA AUTO CACHE STRING "CUDA kernels: AUTO (if torch has CUDA and a matching nvcc is found), ON or OFF")
 set_property(CACHE TOPK_CUDA PROPERTY STRINGS AUTO ON OFF)
-set(TOPK_CUDA_ARCHS "80;90a" CACHE STRING "GPUs to build for, of 80;86;89;90a;100;120; newer ones run the PTX of the lowest")
+set(TOPK_CUDA_ARCHS "80;90a" CACHE STRING "GPUs to build for, of 80;86;90a; 8.9 runs the code of 80, newer ones the PTX of the lowest")
 set(TOPK_CUDA_DTYPES "bf16;fp16" CACHE STRING "16-bit types of the tensor-core kernels: bf16, fp16 or both")
 set(TOPK_CUDA_HEAD_DIMS "64;128;256" CACHE STRING "Head dims of the tensor-core kernels; others are padded to the next")
 
