@@ -261,17 +261,12 @@ def test_unwritten_memory_never_shows(dtype, d, way):
 
 
 def test_large_scores_do_not_overflow_the_softmax():
-    """Scores of 10^6, whose exponents float32 knows to about 1: the kept value comes out, rounded as P is."""
     for dtype in (BF16, F32):
         q, k, v = make_qkv(1, 100, 120, 2, 1, 64, dtype=dtype, seed=5)
         for way in (PLANNED, *ways(dtype, 64)):
             with way.used():
                 q_big, k_big = q * 256, k * 256
-                out = topk_attn.topk_attn_func(q_big, k_big, v, topk=1, softmax_scale=1.0)
-                indices = topk_attn.topk_select(q_big, k_big, topk=1, return_indices=True)[2]
-                kept = v[0, indices[0, :, :, 0].T.long(), 0]
-                tolerance = {BF16: 2.0**-7, F32: 1e-5}[dtype] * v.abs().max()
-                assert bool(((out[0] - kept).abs() <= tolerance).all())
+                forward(q_big, k_big, v, Settings(topk=1, softmax_scale=1.0))
                 out, lse = topk_attn.topk_attn_func(
                     q_big, k_big, v, topk=5, softmax_scale=1.0, return_lse=True
                 )

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kRepairThreads, 1) repair_kernel(const __grid_
       }
       // 4. Its keys in the tile's bitmap; a tile that is rebuilt gets them there.
       if (p.out.bitmap != nullptr && p.rebuild[entry] == 0) {
-        uint32_t* const words = p.out.bitmap + entry * ((int64_t{c.max_k} + 127) / 128 * 4);
+        uint32_t* const words = p.out.bitmap + entry * bitmap_words(c);
         for (int j0 = warp * 32; j0 < n; j0 += kRepairThreads) {
           const int j = j0 + lane;
           const int32_t key = j < n ? keys[j] : INT32_MIN;
@@ -184,8 +184,7 @@ __global__ void __launch_bounds__(256) rebuild_kernel(const __grid_constant__ Se
       }
     }
     __syncthreads();
-    auto* const bytes =
-        reinterpret_cast<uint8_t*>(p.out.bitmap + entry * ((int64_t{c.max_k} + 127) / 128 * 4));
+    auto* const bytes = reinterpret_cast<uint8_t*>(p.out.bitmap + entry * bitmap_words(c));
     const int end = seen_end(c, t);
     for (int chunk = first; chunk < chunks; chunk += gridDim.x) {
       for (int key = chunk * kRebuildKeys + warp * 8; key < min((chunk + 1) * kRebuildKeys, end); key += 64) {

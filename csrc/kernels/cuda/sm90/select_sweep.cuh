@@ -175,9 +175,8 @@ struct Sweep {
     return p.candidates + (int64_t{static_cast<int>(blockIdx.x)} * kCtaRows + row) * (4 * p.capacity);
   }
   __device__ uint32_t* bitmap_of(const Slot& s) const {
-    return p.out.bitmap + (int64_t{s.head} * p.call.num_tiles + s.tile) * bitmap_words_of(p.call);
+    return p.out.bitmap + (int64_t{s.head} * p.call.num_tiles + s.tile) * bitmap_words(p.call);
   }
-  __device__ static int64_t bitmap_words_of(const Call& c) { return (int64_t{c.max_k} + 127) / 128 * 4; }
 
   // All threads of the cluster, between items: makes the next item known and everything in shared memory
   // free.
@@ -423,7 +422,7 @@ struct Sweep {
   __device__ void pick(int item, int warp) {
     const int thread = warp * 32 + threadIdx.x % 32;
     auto* const bits = reinterpret_cast<uint32_t*>(memory);
-    const int64_t words = bitmap_words_of(p.call);
+    const int64_t words = bitmap_words(p.call);
     const bool bitmap = p.out.bitmap != nullptr;
     const bool staged = words <= Shared::kBitmapWords;
     named_barrier_sync(kPick, 512);  // every slot is drained, every count is there
@@ -519,7 +518,7 @@ struct Sweep {
       }
       return;
     }
-    const int64_t words = bitmap_words_of(p.call);
+    const int64_t words = bitmap_words(p.call);
     KeptBits bits{nullptr, 0, false};
     if (p.out.bitmap != nullptr) {
       if (words <= Shared::kBitmapWords) {
@@ -551,7 +550,7 @@ struct Sweep {
         uint4 keys = make_uint4(ascending_bits(lanes, 0), ascending_bits(lanes, 1), ascending_bits(lanes, 2),
                                 ascending_bits(lanes, 3));
         if (bits != nullptr) {
-          const uint32_t* const more = bits + half * bitmap_words_of(p.call) + block * 4;
+          const uint32_t* const more = bits + half * bitmap_words(p.call) + block * 4;
           keys.x |= more[0], keys.y |= more[1], keys.z |= more[2], keys.w |= more[3];
         }
         blocks[block] = keys;
