@@ -1,9 +1,10 @@
 """The stages of scripts/gpu_check.sh, which sets the environment up (TOPK_*, PYTHONPATH).
 
-Each stage is one or more commands, run one after another, each with a time limit of its own and none beyond
-the limit of the whole. A command leaves its output in the log and may leave a JSON file, which becomes part
-of the result. Standard library only; torch is asked about the machine in a process of its own, so that a
-broken installation is one line here.
+Each stage is one or more commands, each with a time limit of its own and none beyond the limit of the whole.
+They run one after another, but for test files that measure neither time nor the device's free memory: those
+share the GPU, since most of their time is the processor's. A command leaves its output in the log and may
+leave a JSON file, which becomes part of the result. Standard library only; torch is asked about the machine
+in a process of its own, so that a broken installation is one line here.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("tests", "benchmark", "checks", "sanitizer")
 TOOLS = ("memcheck", "racecheck", "synccheck")
 TESTS = ROOT / "tests" / "python" / "cuda"
-TESTS_ALONE = ("test_cuda_backward", "test_cuda_bits", "test_cuda_forward")
+TESTS_ALONE = ("test_cuda_runtime",)  # watches the device's free memory
 # Where CUDA toolkits put compute-sanitizer if PATH does not have it.
 TOOL_FOLDERS = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/cuda/bin")
 # Check programs time large cases too unless they are told not to: the benchmark does that.
@@ -53,6 +55,7 @@ class Command:
     limit: float
     piece: Path | None = None
     environment: dict[str, str] = field(default_factory=dict)
+    shares: bool = False  # runs at the same time as its neighbours that share
 
 
 def commands(stages: list[str], pieces: Path) -> list[Command]:
@@ -61,21 +64,17 @@ def commands(stages: list[str], pieces: Path) -> list[Command]:
     folder = Path(os.environ.get("TOPK_CHECKS", "/nonexistent"))
     programs = sorted(folder.glob("*_check")) if folder.is_dir() else []
     if "tests" in stages:
-        # A few processes, so that a kernel that corrupts its context does not take all tests along.
-        rest = sorted(p.name for p in TESTS.glob("test_*.py") if p.stem not in TESTS_ALONE)
-        for name, files in [*((n, [f"{n}.py"]) for n in TESTS_ALONE), ("other tests", rest)]:
-            report = pieces / f"{name.replace(' ', '_')}.xml"
-            pytest = [
-                python,
-                "-m",
-                "pytest",
-                *(str(TESTS / f) for f in files),
-                "-q",
-                "-p",
-                "no:cacheprovider",
-            ]
-            pytest += ["--tb=short", "--durations=5", "--maxfail=100", f"--junitxml={report}"]
-            found.append(Command("tests", name, pytest, 90, report, {"TOPK_TEST_DEVICE": "cuda"}))
+        # A process a file, so that a kernel that corrupts its context does not take all tests along.
+        files = sorted(TESTS.glob("test_*.py"), key=lambda p: p.stem not in TESTS_ALONE)
+        for file in files:
+            report = pieces / f"{file.stem}.xml"
+            pytest = [python, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "--tb=short"]
+            pytest += ["--durations=5", "--maxfail=100", f"--junitxml={report}"]
+            alone = file.stem in TESTS_ALONE
+            environment = {"TOPK_TEST_DEVICE": "cuda", "OMP_NUM_THREADS": "2"}
+            found.append(
+                Command("tests", file.stem, pytest, 90 if alone else 200, report, environment, not alone)
+            )
     if "benchmark" in stages:
         out = pieces / "benchmark.json"
         command = [python, "benchmarks/attention.py", "--quick", "--out", str(out)]
@@ -105,8 +104,13 @@ def compute_sanitizer() -> str:
     return next((p for p in places if p and Path(p).is_file()), "compute-sanitizer")
 
 
-def run(command: Command, limit: float, log) -> dict:
-    """Runs it in a process group of its own, which is killed when the time is over."""
+def run(command: Command, limit: float, log: Path) -> dict:
+    """Runs it in a process group of its own, killed when the time is over. `log` takes its output."""
+    with open(log, "w") as out:
+        return run_into(command, limit, out)
+
+
+def run_into(command: Command, limit: float, log) -> dict:
     start = time.monotonic()
     log.write(f"\n===== {command.stage}: {command.name}: {' '.join(command.arguments)}\n")
     log.flush()
@@ -168,6 +172,28 @@ def test_counts(report: Path) -> dict:
     return counts | {"failing": failing, "skip_reasons": reasons}
 
 
+def in_company(found: list[Command]) -> list[list[Command]]:
+    """Commands that run at the same time, in order."""
+    groups: list[list[Command]] = []
+    for command in found:
+        if command.shares and groups and groups[-1][0].shares:
+            groups[-1].append(command)
+        else:
+            groups.append([command])
+    return groups
+
+
+def report(command: Command, entry: dict) -> None:
+    counts = entry.get("counts", {})
+    numbers = ", ".join(f"{v} {k}" for k, v in counts.items() if isinstance(v, int))
+    what = f"{command.stage:10} {command.name:32}"
+    print(f"{what} {entry['seconds']:6.1f} s  {entry['result']}  {numbers}")
+    if entry["result"] != "passed":
+        for line in entry.get("output_tail", [])[-15:]:
+            print(f"    {line[:200]}")
+    sys.stdout.flush()
+
+
 def output(command: list[str]) -> tuple[str, str]:
     """(standard output, error): one of the two is empty."""
     try:
@@ -215,22 +241,23 @@ def main() -> int:
     options.result.parent.mkdir(parents=True, exist_ok=True)
     failed = False
     with tempfile.TemporaryDirectory() as pieces, open(options.log, "w") as log:
-        for command in commands(stages, Path(pieces)):
+        for together in in_company(commands(stages, Path(pieces))):
             left = options.seconds - (time.monotonic() - start)
+            logs = [Path(pieces) / f"{i}.log" for i in range(len(together))]
             if left < 3:
-                entry = {"name": command.name, "result": "not run: no time left", "seconds": 0.0}
+                entries = [
+                    {"name": c.name, "result": "not run: no time left", "seconds": 0.0} for c in together
+                ]
             else:
-                entry = run(command, min(command.limit, left), log)
-            failed |= entry["result"] != "passed"
-            result["stages"][command.stage].append(entry)
-            counts = entry.get("counts", {})
-            numbers = ", ".join(f"{v} {k}" for k, v in counts.items() if isinstance(v, int))
-            what = f"{command.stage:10} {command.name:32}"
-            print(f"{what} {entry['seconds']:6.1f} s  {entry['result']}  {numbers}")
-            if entry["result"] != "passed":
-                for line in entry.get("output_tail", [])[-15:]:
-                    print(f"    {line[:200]}")
-            sys.stdout.flush()
+                with ThreadPoolExecutor(len(together)) as pool:
+                    limits = [min(c.limit, left) for c in together]
+                    entries = list(pool.map(run, together, limits, logs))
+                log.writelines(path.read_text(errors="replace") for path in logs)
+                log.flush()
+            for command, entry in zip(together, entries, strict=True):
+                failed |= entry["result"] != "passed"
+                result["stages"][command.stage].append(entry)
+                report(command, entry)
             # Written after each stage: a machine that goes away leaves what there was.
             result["seconds"] = round(time.monotonic() - start, 1)
             result["passed"] = not failed

@@ -182,11 +182,10 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   return p;
 }
 
-// Whether every row sees something and keeps all of it, whatever its length. (A packed document may have more
-// queries than keys, which the host does not know: its first rows see nothing and admit all of that.)
+// Whether every row keeps all that it sees, whatever its length.
 bool keeps_everything(const cuda::Call& c) {
   const int64_t n = c.max_k;
-  if (n == 0 || (c.causal && c.cu_q == nullptr && c.tq > c.tk)) return false;
+  if (n == 0) return false;
   const Budget& b = c.budget;
   return b.max_keys >= n && (b.topk >= n || b.ratio == 1.0 || b.min_keys >= n);
 }
@@ -307,8 +306,14 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   const bool everything = keeps_everything(c);
   if (everything) {
     plan.forward_share = plan.backward_share = 0.0f;
-    e.threshold = at::full(row_sizes(p.shape), -std::numeric_limits<float>::infinity(), floats);
-    e.tie_index = at::full(row_sizes(p.shape), std::numeric_limits<int32_t>::max(), ints);
+    e.threshold = at::empty(row_sizes(p.shape), floats);
+    e.tie_index = at::empty(row_sizes(p.shape), ints);
+    auto* const thresholds = e.threshold.data_ptr<float>();
+    auto* const ties = e.tie_index.data_ptr<int32_t>();
+    if (p.shape.packed) {
+      check(cuda::init_rows(c, View{}, nullptr, thresholds, ties, p.stream), "the row initialisation");
+    }
+    check(cuda::admit_all(c, thresholds, ties, p.stream), "the row initialisation");
     e.bitmap = form == Kept::kTiles ? at::full({c.heads, c.num_tiles, cuda::bitmap_words(c)}, -1, ints)
                                     : at::empty({0}, ints);
   } else {

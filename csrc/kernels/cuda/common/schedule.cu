@@ -126,6 +126,18 @@ __global__ __launch_bounds__(kInitThreads) void init_rows_kernel(const Call call
   }
 }
 
+__global__ __launch_bounds__(kTileRows) void admit_all_kernel(const Call call, float* const threshold,
+                                                              int32_t* const tie_index) {
+  const Tile tile = tile_at(call, blockIdx.x % call.num_tiles);
+  const int head = blockIdx.x / call.num_tiles;
+  const int row = tile.row0 + threadIdx.x;
+  if (static_cast<int>(threadIdx.x) >= tile.rows) return;
+  const bool sees = visible(row, tile.tq, tile.tk, call.causal).end > 0;
+  const int64_t at = row_index(call, tile, head, row);
+  threshold[at] = __int_as_float(static_cast<int>(sees ? 0xff800000 : 0x7fc00000));
+  tie_index[at] = sees ? 0x7fffffff : -1;
+}
+
 }  // namespace
 
 cudaError_t make_tiles(const Call& call, int2* tiles, cudaStream_t stream) {
@@ -148,6 +160,13 @@ cudaError_t init_rows(const Call& call, View out, float* lse, float* threshold, 
   const int element_size = call.dtype == DType::kFloat32 ? 4 : 2;
   init_rows_kernel<<<static_cast<unsigned>(blocks < 65536 ? blocks : 65536), kInitThreads, 0, stream>>>(
       call, out, element_size, lse, threshold, tie_index);
+  return cudaGetLastError();
+}
+
+cudaError_t admit_all(const Call& call, float* threshold, int32_t* tie_index, cudaStream_t stream) {
+  if (call.num_tiles <= 0 || call.heads <= 0) return cudaSuccess;
+  const unsigned blocks = static_cast<unsigned>(call.num_tiles) * call.heads;
+  admit_all_kernel<<<blocks, kTileRows, 0, stream>>>(call, threshold, tie_index);
   return cudaGetLastError();
 }
 

@@ -22,4 +22,8 @@ cudaError_t make_key_tiles(const Call& call, int2* key_tiles, int32_t count, cud
 cudaError_t init_rows(const Call& call, View out, float* lse, float* threshold, int32_t* tie_index,
                       cudaStream_t stream);
 
+// The encoding that admits every key, threshold -inf and tie_index 2^31 - 1, for the rows of the call's tiles
+// that see a key; threshold NaN and tie_index -1 for those that see none.
+cudaError_t admit_all(const Call& call, float* threshold, int32_t* tie_index, cudaStream_t stream);
+
 }  // namespace topk_attn::cuda

@@ -368,13 +368,20 @@ __global__ void __launch_bounds__(128)
   const int thread = threadIdx.x, lane = thread % 32;
   const int row = thread / 32 * 16 + lane / 4, column = lane % 4 * 2;
   const float4* const sums = reinterpret_cast<const float4*>(dq_sum + int64_t{blockIdx.x} * kTileRows * D);
+  // A row that keeps nothing finite has no gradient, whatever its keys hold (0 * inf is not 0).
+  const auto empty = [&](int r) {
+    return r >= t.rows || f.lse[row_index(c, t, head, t.row0 + r)] == minus_infinity();
+  };
+  const bool drop = empty(row), drop_lower = empty(row + 8);
 #pragma unroll 8
   for (int j = 0; j < D / 8; ++j) {  // the first half of them are the first warpgroup's
     const float4 x = sums[j * 128 + thread];
     uint8_t* const part = staged + j / 8 * kTileRows * 128 + column * 2;
     const float scale = c.softmax_scale;
-    *reinterpret_cast<uint32_t*>(part + swizzle128(row, j % 8)) = pack<T>(x.x * scale, x.y * scale);
-    *reinterpret_cast<uint32_t*>(part + swizzle128(row + 8, j % 8)) = pack<T>(x.z * scale, x.w * scale);
+    const uint32_t upper = drop ? 0 : pack<T>(x.x * scale, x.y * scale);
+    const uint32_t lower = drop_lower ? 0 : pack<T>(x.z * scale, x.w * scale);
+    *reinterpret_cast<uint32_t*>(part + swizzle128(row, j % 8)) = upper;
+    *reinterpret_cast<uint32_t*>(part + swizzle128(row + 8, j % 8)) = lower;
   }
   __syncthreads();
   for (int i = thread; i < t.rows * (D / 8); i += 128) {

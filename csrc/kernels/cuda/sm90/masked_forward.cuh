@@ -149,12 +149,10 @@ __device__ __forceinline__ void value_product(float (&o)[D / 2], const uint32_t 
   }
 }
 
-// The exponent's reference and the sum of a thread's two rows.
-struct RunningSoftmax {
-  float reference[2] = {minus_infinity(), minus_infinity()};  // raw scores
-  float offset[2] = {0.0f, 0.0f};                             // reference * scale, 0 while that is -inf
-  float sum[2] = {0.0f, 0.0f};                                // of this thread's keys
-  float factor[2] = {1.0f, 1.0f};                             // by which O must be multiplied
+// The running softmax of a thread's two rows.
+struct RunningSoftmax : RowReference {
+  float sum[2] = {0.0f, 0.0f};     // of this thread's keys
+  float factor[2] = {1.0f, 1.0f};  // by which O must be multiplied
 
   // Turns masked scores into probabilities relative to the reference. True if O must be rescaled.
   __device__ __forceinline__ bool step(float (&s)[64], float scale, float slack) {
@@ -178,12 +176,18 @@ struct RunningSoftmax {
         offset[r] = up ? high[r] * scale : offset[r];
         sum[r] *= factor[r];
       }
+      large = any_large();
+    }
+    if (large) {
+      const float raw[2] = {base(0), base(1)};
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] = exp2_fast((s[i] - raw[(i >> 1) & 1]) * scale);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) s[i] = exp2_fast(fmaf(s[i], scale, -offset[(i >> 1) & 1]));
     }
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      s[i] = exp2_fast(fmaf(s[i], scale, -offset[(i >> 1) & 1]));
-      sum[(i >> 1) & 1] += s[i];
-    }
+    for (int i = 0; i < 64; ++i) sum[(i >> 1) & 1] += s[i];
     return rescale;
   }
 };
@@ -492,7 +496,7 @@ __global__ void __launch_bounds__(ForwardShape<D>::kThreads, 1)
   }
   if (__any_sync(~0u, spoiled)) {
     sum_kept<T, D>(o, c, t, item / items, unit.seen, staged, row_in_tile, *f0, *f1,
-                   f.bitmap == nullptr ? nullptr : f.bitmap + unit.entry * words, scale, softmax.offset);
+                   f.bitmap == nullptr ? nullptr : f.bitmap + unit.entry * words, scale, softmax);
   }
 
   // out through the tile's Q in shared memory, so that global memory gets whole rows.

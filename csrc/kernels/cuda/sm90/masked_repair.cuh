@@ -17,13 +17,12 @@ __device__ __forceinline__ bool row_finite(const float (&o)[N], int r) {
   return good;
 }
 
-// o, laid out as a wgmma accumulator, becomes the sum over kept keys of exp2(score * scale - offset) * V. `q`
-// is the tile's block in shared memory, `row` the first of the thread's two rows in it, f0 and f1 their
-// filters.
+// o, laid out as a wgmma accumulator, becomes the sum over kept keys of P V. `q` is the tile's block in
+// shared memory, `row` the first of the thread's two rows in it, f0 and f1 their filters.
 template <typename T, int D>
 __device__ inline void sum_kept(float (&o)[D / 2], const Call& c, const Tile& t, int kv_head, int seen,
                                 const uint8_t* q, int row, const RowFilter& f0, const RowFilter& f1,
-                                const uint32_t* bitmap, float scale, const float (&offset)[2]) {
+                                const uint32_t* bitmap, float scale, const RowReference& reference) {
   constexpr float kOut = -1.0f;  // in place of a probability: not kept
   const int lane = threadIdx.x % 32;
   const int column = lane % 4 * 2;
@@ -49,7 +48,7 @@ __device__ inline void sum_kept(float (&o)[D / 2], const Call& c, const Tile& t,
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const bool kept = (i < 2 ? f0 : f1).keeps(p[i], j0 + column + (i & 1));
-      p[i] = kept ? exp2_fast(fmaf(p[i], scale, -offset[i / 2])) : kOut;
+      p[i] = kept ? reference.probability(p[i], i / 2, scale) : kOut;
     }
 #pragma unroll 1
     for (int x = 0; x < 8 && j0 + x < seen; ++x) {

@@ -21,6 +21,27 @@ __device__ __forceinline__ void pin(float (&c)[N]) {
   for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
+// The exponent's reference of a thread's two rows: a score s has the probability exp2((s - reference) *
+// scale).
+struct RowReference {
+  // Where reference * scale is beyond this, its rounding shows in probabilities (2^-12 here), and the
+  // difference is taken first, at an instruction more a score.
+  static constexpr float kLarge = 2048.0f;
+
+  float reference[2] = {minus_infinity(), minus_infinity()};  // raw scores
+  float offset[2] = {0.0f, 0.0f};                             // reference * scale, 0 while that is -inf
+  bool large = false;                                         // of the warp: some offset is
+
+  // The raw score of probability 1.
+  __device__ __forceinline__ float base(int r) const { return offset[r] == 0.0f ? 0.0f : reference[r]; }
+  __device__ __forceinline__ bool any_large() const {
+    return __any_sync(~0u, fmaxf(fabsf(offset[0]), fabsf(offset[1])) > kLarge);
+  }
+  __device__ __forceinline__ float probability(float score, int r, float scale) const {
+    return large ? exp2_fast((score - base(r)) * scale) : exp2_fast(fmaf(score, scale, -offset[r]));
+  }
+};
+
 // The bound that admits only scores above the threshold: the next float up.
 __device__ __forceinline__ float next_above(float threshold) {
   return order_score(order_key(threshold) + 1);

@@ -155,10 +155,13 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
     if (row >= tile.rows) continue;
     char* out =
         const_cast<char*>(rows_of(backward.dq, tile.batch, tile.q_begin + tile.row0 + row, work.head).base);
+    // A row that keeps nothing finite has no gradient, whatever its keys hold (0 * inf is not 0).
+    const bool empty = lse[half] == kInfinity;
+    const float factor = call.softmax_scale;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
-      reinterpret_cast<uint32_t*>(out)[4 * j + column_pair] =
-          pack<T>(dq[4 * j + 2 * half] * call.softmax_scale, dq[4 * j + 2 * half + 1] * call.softmax_scale);
+      const uint32_t pair = pack<T>(dq[4 * j + 2 * half] * factor, dq[4 * j + 2 * half + 1] * factor);
+      reinterpret_cast<uint32_t*>(out)[4 * j + column_pair] = empty ? 0 : pair;
     }
   }
 }

@@ -28,22 +28,29 @@ inline constexpr float kSlack = 60.0f;
 template <>
 inline constexpr float kSlack<__half> = 8.0f;
 
+// Where a reference is beyond this, its rounding shows in probabilities (2^-12 here), and the difference of
+// scores is taken first, at an instruction more a score.
+constexpr float kLargeReference = 2048.0f;
+
 // The softmax of one row, spread over four lanes.
 struct RowSoftmax {
-  float reference = 0.0f;    // log2 units
+  float reference = 0.0f;    // log2 units: base * scale
+  float base = 0.0f;         // the raw score of probability 1
   float limit = -kInfinity;  // scores above it raise the reference
   float sum = 0.0f;          // this lane's share
 };
 
 // Raises the reference to the row's largest score so far. Returns the factor for what was summed before.
 template <typename T>
-__device__ __forceinline__ float raise_reference(RowSoftmax& row, float largest) {
-  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-  largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+__device__ __forceinline__ float raise_reference(RowSoftmax& row, float raw, float scale) {
+  raw = fmaxf(raw, __shfl_xor_sync(~0u, raw, 1));
+  raw = fmaxf(raw, __shfl_xor_sync(~0u, raw, 2));
+  const float largest = raw * scale;
   const bool first = row.limit == -kInfinity;
   if (!(largest > (first ? row.limit : row.reference))) return 1.0f;
   const float factor = first ? 1.0f : exp2_fast(row.reference - largest);
   row.reference = largest;
+  row.base = raw;
   row.limit = largest + kSlack<T>;
   row.sum *= factor;
   return factor;
@@ -99,6 +106,7 @@ __global__ void __launch_bounds__(128, 3)
 #pragma unroll
   for (int i = 0; i < kDim / 2; ++i) o[i] = 0.0f;
   RowSoftmax rows[2];
+  bool large = false;  // of the warp: a reference is beyond kLargeReference
   Contested contested;
   const float scale = call.softmax_scale * kLog2e;
 
@@ -141,21 +149,27 @@ __global__ void __launch_bounds__(128, 3)
       largest[0] = fmaxf(largest[0], fmaxf(s[4 * j], s[4 * j + 1]));
       largest[1] = fmaxf(largest[1], fmaxf(s[4 * j + 2], s[4 * j + 3]));
     }
-    largest[0] *= scale;
-    largest[1] *= scale;
-    if (__any_sync(~0u, largest[0] > rows[0].limit || largest[1] > rows[1].limit)) {
-      const float upper_factor = raise_reference<T>(rows[0], largest[0]);
-      const float lower_factor = raise_reference<T>(rows[1], largest[1]);
+    if (__any_sync(~0u, largest[0] * scale > rows[0].limit || largest[1] * scale > rows[1].limit)) {
+      const float upper_factor = raise_reference<T>(rows[0], largest[0], scale);
+      const float lower_factor = raise_reference<T>(rows[1], largest[1], scale);
+      large = __any_sync(~0u, fmaxf(fabsf(rows[0].reference), fabsf(rows[1].reference)) > kLargeReference);
 #pragma unroll
       for (int i = 0; i < kDim / 2; ++i) o[i] *= i & 2 ? lower_factor : upper_factor;
+    }
+    if (large) {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = (s[i] - rows[i / 2 % 2].base) * scale;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 32; ++i) s[i] = fmaf(s[i], scale, -rows[i / 2 % 2].reference);
     }
     uint32_t p[16];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float a = exp2_fast(fmaf(s[4 * j + 2 * half], scale, -rows[half].reference));
-        const float b = exp2_fast(fmaf(s[4 * j + 2 * half + 1], scale, -rows[half].reference));
+        const float a = exp2_fast(s[4 * j + 2 * half]);
+        const float b = exp2_fast(s[4 * j + 2 * half + 1]);
         rows[half].sum += a + b;
         p[2 * j + half] = pack<T>(a, b);
       }
