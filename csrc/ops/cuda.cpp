@@ -20,9 +20,11 @@
 #include "cuda/plain/plain.h"
 #include "cuda/plan.h"
 #include "cuda/portable/portable.h"
+#include "cuda/portable/select.h"
 #include "cuda/sm90/masked.h"
 #include "cuda/sm90/select.h"
 #include "cuda/sm90/union.h"
+#include "cuda_bits.h"
 
 namespace topk_attn {
 namespace {
@@ -64,18 +66,47 @@ Shared& shared() {
   return instance;
 }
 
+cuda::Wish current_wish() {
+  if (bits::forced() != nullptr) return *bits::forced();
+  const std::lock_guard<std::mutex> lock(shared().mutex);
+  return shared().wish;
+}
+
+// Whether the card's tensor cores give the plan's kernels the same scores (cuda_bits.h).
+bool bits_agree(const Plan& plan, const cuda::Call& call, bool attend) {
+  if (plan.build == Build::kPlain || bits::forced() != nullptr) return true;
+  const auto dtype = call.dtype == DType::kBFloat16 ? at::kBFloat16 : at::kHalf;
+  const int32_t dim = attend ? std::max(call.head_dim, call.v_dim) : call.head_dim;
+  return bits::of(plan.build, dtype, dim) != bits::Verdict::kDisagree;
+}
+
 Plan make_plan(const cuda::Call& call, bool attend, bool deterministic) {
   const cudaDeviceProp* device = at::cuda::getCurrentDeviceProperties();
   const int arch = device->major * 10 + device->minor;
   TORCH_CHECK(arch >= 80, "topk_attn: the GPU must have compute capability 8.0 or higher, ", device->name,
               " has ", device->major, ".", device->minor);
-  const std::lock_guard<std::mutex> lock(shared().mutex);
-  const Plan plan = cuda::plan(call, arch, attend, deterministic, shared().wish);
+  cuda::Wish wish = current_wish();
+  Plan plan = cuda::plan(call, arch, attend, deterministic, wish);
   TORCH_CHECK(plan.problem.empty(), "topk_attn: ", plan.problem);
+  if (!bits_agree(plan, call, attend) && plan.build == Build::kSm90 && wish.build.empty() &&
+      wish.selection.empty() && wish.largest_share <= 0.0f) {
+    TORCH_WARN_ONCE(
+        "topk_attn: on this ", device->name,
+        " the sm90 kernels do not compute identical scores, "
+        "so that training and decoding could keep different keys; build 'portable' serves instead");
+    wish.build = cuda::name_of(Build::kPortable);
+    plan = cuda::plan(call, arch, attend, deterministic, wish);
+    TORCH_CHECK(plan.problem.empty(), "topk_attn: ", plan.problem);
+  }
+  TORCH_CHECK(bits_agree(plan, call, attend), "topk_attn: on this ", device->name, " the kernels of build '",
+              cuda::name_of(plan.build),
+              "' do not compute identical scores in selection, forward and backward: "
+              "the selection would not be exact");
   return plan;
 }
 
 void remember(const Plan& plan) {
+  if (bits::forced() != nullptr) return;
   const std::lock_guard<std::mutex> lock(shared().mutex);
   shared().last = plan;
 }
@@ -241,20 +272,28 @@ Encoding run_select(const Prepared& p, const Plan& plan, bool tiles, OptInt inde
   }
   if (c.num_tiles == 0 || c.max_k == 0) return e;
   if (plan.selector == Selector::kFused && s.indices == nullptr) {
-    size_t bytes = 0;
-    if constexpr (cuda::kBuiltSm90) bytes = cuda::sm90::select_workspace(c);
+    const bool portable = plan.selector_build == Build::kPortable;
+    size_t bytes = portable ? cuda::portable::select_workspace(c) : 0;
+    if constexpr (cuda::kBuiltSm90) {
+      if (!portable) bytes = cuda::sm90::select_workspace(c);
+    }
     const Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, p.q.options().dtype(at::kByte));
-    check(TOPK_SM90(select(c, s, workspace.data_ptr(), bytes, p.stream)), "the fused selection");
+    check(portable ? cuda::portable::select(c, s, workspace.data_ptr(), bytes, p.stream)
+                   : TOPK_SM90(select(c, s, workspace.data_ptr(), bytes, p.stream)),
+          "the fused selection");
   } else {
     select_by_slabs(p, plan, s);
   }
   return e;
 }
 
-SelectResult select(const Tensor& q, const Tensor& k, const OptTensor& cu_seqlens_q,
-                    const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
-                    OptInt topk, std::optional<double> ratio, int64_t min_keys, OptInt max_keys,
-                    std::string_view select, int64_t sink, int64_t recent, bool return_indices) {
+}  // namespace
+
+SelectResult cuda_ops::select(const Tensor& q, const Tensor& k, const OptTensor& cu_seqlens_q,
+                              const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k,
+                              bool causal, OptInt topk, std::optional<double> ratio, int64_t min_keys,
+                              OptInt max_keys, std::string_view select, int64_t sink, int64_t recent,
+                              bool return_indices) {
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
   const c10::cuda::CUDAGuard guard(device_of(q, k));
@@ -272,6 +311,8 @@ SelectResult select(const Tensor& q, const Tensor& k, const OptTensor& cu_seqlen
 // Attention
 // ---------------------------------------------------------------------------------------------------------------
 
+namespace {
+
 // union_size of every (head, tile), for a plan that gathers.
 Tensor union_sizes(const Prepared& p, const uint32_t* bitmap) {
   const Tensor sizes = at::empty({p.call.heads, p.call.num_tiles}, p.q.options().dtype(at::kInt));
@@ -279,11 +320,13 @@ Tensor union_sizes(const Prepared& p, const uint32_t* bitmap) {
   return sizes;
 }
 
-FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
-              const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
-              OptInt topk, std::optional<double> ratio, int64_t min_keys, OptInt max_keys,
-              std::string_view select, int64_t sink, int64_t recent, std::optional<double> softmax_scale,
-              bool deterministic, std::string_view kept) {
+}  // namespace
+
+FwdResult cuda_ops::fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& cu_seqlens_q,
+                        const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
+                        OptInt topk, std::optional<double> ratio, int64_t min_keys, OptInt max_keys,
+                        std::string_view select, int64_t sink, int64_t recent,
+                        std::optional<double> softmax_scale, bool deterministic, std::string_view kept) {
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
   const Kept form = check_kept(kept);
@@ -336,7 +379,7 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
     if (plan.forward_share > 0.0f) {
       union_size = union_sizes(p, f.bitmap);
       f.regimes = cuda::Regimes{union_size.data_ptr<int32_t>(), plan.forward_share};
-      check(TOPK_SM90(forward_union(f, p.stream)), "the gathered forward");
+      if (plan.build == Build::kSm90) check(TOPK_SM90(forward_union(f, p.stream)), "the gathered forward");
     }
     switch (plan.build) {
       case Build::kPlain:
@@ -354,13 +397,109 @@ FwdResult fwd(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor
   return {out, lse, e.threshold, e.tie_index, saved, at::empty({0}, floats)};
 }
 
-BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-              const Tensor& out, const Tensor& lse, const Tensor& threshold, const Tensor& tie_index,
-              const Tensor& kept_index, const Tensor& /*kept_prob*/, const OptTensor& cu_seqlens_q,
-              const OptTensor& cu_seqlens_k, OptInt max_seqlen_q, OptInt max_seqlen_k, bool causal,
-              OptInt topk, std::optional<double> ratio, int64_t min_keys, OptInt max_keys,
-              std::string_view select, int64_t sink, int64_t recent, std::optional<double> softmax_scale,
-              bool deterministic) {
+namespace {
+
+// Float32 sums of the backward that may be alive at a time, if more than one KV head needs them.
+constexpr int64_t kSumBytes = int64_t{1} << 30;
+
+// The KV heads [first, first + count) of a call, with their query heads.
+cuda::BackwardCall slice(const cuda::BackwardCall& all, int32_t first, int32_t count) {
+  cuda::BackwardCall b = all;
+  cuda::Call& c = b.call;
+  const int32_t group = c.heads / c.kv_heads;
+  const int64_t size = c.dtype == DType::kFloat32 ? 4 : 2;
+  const auto advance = [&](View& v, int64_t heads) {
+    v.data = static_cast<char*>(v.data) + heads * v.head * size;
+  };
+  const int64_t head = int64_t{first} * group;
+  for (View* v : {&c.q, &b.dout, &b.dq}) advance(*v, head);
+  for (View* v : {&c.k, &c.v, &b.dk, &b.dv}) advance(*v, first);
+  b.threshold += head * c.rows.head;
+  b.tie_index += head * c.rows.head;
+  b.lse += head * c.rows.head;
+  b.delta += head * c.rows.head;
+  if (b.bitmap != nullptr) b.bitmap += head * c.num_tiles * cuda::bitmap_words(c);
+  c.kv_heads = count;
+  c.heads = count * group;
+  return b;
+}
+
+int32_t kv_heads_at_a_time(const cuda::Call& c, const Plan& plan, bool gather) {
+  int64_t bytes = 0;
+  if constexpr (cuda::kBuiltSm90) {
+    if (plan.build == Build::kSm90) bytes += cuda::sm90::backward_masked_workspace(c) / c.kv_heads;
+  }
+  if (gather) bytes += int64_t{4} * (c.cu_q == nullptr ? c.batch : 1) * c.tk * (c.head_dim + c.v_dim);
+  return static_cast<int32_t>(
+      std::clamp<int64_t>(bytes == 0 ? c.kv_heads : kSumBytes / bytes, 1, c.kv_heads));
+}
+
+// dQ, dK and dV of the KV heads of `b`.
+void backward_of(const Prepared& p, const Plan& plan, cuda::BackwardCall b, bool gather,
+                 const int2* key_tile_list, int32_t num_key_tiles, bool deterministic) {
+  const cuda::Call& c = b.call;
+  const auto floats = p.q.options().dtype(at::kFloat);
+  // The gathered regime needs to know the unions.
+  Tensor union_size, dk_sum, dv_sum, steps;
+  void* step_data = nullptr;  // null: float sums, in no fixed order
+  if (gather) {
+    union_size = at::empty({c.heads, c.num_tiles}, p.q.options().dtype(at::kInt));
+    check(cuda::count_union(c, b.bitmap, union_size.data_ptr<int32_t>(), p.stream), "the union count");
+    b.regimes = cuda::Regimes{union_size.data_ptr<int32_t>(), plan.backward_share};
+    auto sizes = p.k.sizes().vec();
+    sizes[sizes.size() - 2] = c.kv_heads;
+    dk_sum = at::zeros(sizes, floats);
+    sizes.back() = c.v_dim;
+    dv_sum = at::zeros(sizes, floats);
+    b.dk_sum = dk_sum.data_ptr<float>();
+    b.dv_sum = dv_sum.data_ptr<float>();
+    if (deterministic && plan.build == Build::kSm90) {
+      size_t bytes = 0;
+      if constexpr (cuda::kBuiltSm90) bytes = cuda::sm90::union_workspace(c);
+      steps = at::empty({static_cast<int64_t>(bytes)}, p.q.options().dtype(at::kByte));
+      step_data = steps.data_ptr();
+    }
+    if (plan.build == Build::kSm90) {
+      check(TOPK_SM90(backward_union_dq(b, p.stream, step_data)), "the gathered backward (dQ)");
+    }
+  }
+  switch (plan.build) {
+    case Build::kPlain:
+      check(cuda::plain::backward(b, key_tile_list, num_key_tiles, p.stream), "the plain backward");
+      break;
+    case Build::kPortable:
+      check(cuda::portable::backward(b, key_tile_list, num_key_tiles, p.stream), "the portable backward");
+      break;
+    case Build::kSm90: {
+      size_t bytes = 0;
+      if constexpr (cuda::kBuiltSm90) bytes = cuda::sm90::backward_masked_workspace(c);
+      const Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, p.q.options().dtype(at::kByte));
+      check(TOPK_SM90(backward_masked(b, workspace.data_ptr(), bytes, p.stream, deterministic)),
+            "the masked backward");
+      break;
+    }
+  }
+  if (gather) {
+    if (plan.build == Build::kSm90) {
+      check(TOPK_SM90(backward_union_dkv(b, p.stream, step_data)), "the gathered backward (dK, dV)");
+    }
+    if (step_data != nullptr) {
+      check(TOPK_SM90(finish_union_gradients(b, step_data, p.stream)), "the gradient conversion");
+    } else {
+      check(cuda::finish_gradients(c, b.dk_sum, b.dv_sum, b.dk, b.dv, p.stream), "the gradient conversion");
+    }
+  }
+}
+
+}  // namespace
+
+BwdResult cuda_ops::bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& threshold,
+                        const Tensor& tie_index, const Tensor& kept_index, const Tensor& /*kept_prob*/,
+                        const OptTensor& cu_seqlens_q, const OptTensor& cu_seqlens_k, OptInt max_seqlen_q,
+                        OptInt max_seqlen_k, bool causal, OptInt topk, std::optional<double> ratio,
+                        int64_t min_keys, OptInt max_keys, std::string_view select, int64_t sink,
+                        int64_t recent, std::optional<double> softmax_scale, bool deterministic) {
   const Settings settings =
       check_settings(symbolic(topk), ratio, min_keys, symbolic(max_keys), select, sink, recent);
   deterministic = deterministic || at::globalContext().deterministicAlgorithms();
@@ -417,18 +556,6 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
                     delta.data_ptr<float>(), p.stream),
         "the delta kernel");
 
-  // The gathered regime needs to know the unions.
-  Tensor union_size, dk_sum, dv_sum;
-  const bool gather = plan.backward_share > 0.0f && b.bitmap != nullptr && !keeps_everything(c);
-  if (gather) {
-    union_size = union_sizes(p, b.bitmap);
-    b.regimes = cuda::Regimes{union_size.data_ptr<int32_t>(), plan.backward_share};
-    dk_sum = at::zeros(k.sizes(), floats);
-    dv_sum = at::zeros(v.sizes(), floats);
-    b.dk_sum = dk_sum.data_ptr<float>();
-    b.dv_sum = dv_sum.data_ptr<float>();
-    check(TOPK_SM90(backward_union_dq(b, p.stream)), "the gathered backward (dQ)");
-  }
   Tensor key_tiles;
   int32_t num_key_tiles = narrow(int64_t{c.batch} * ((int64_t{c.tk} + 63) / 64), "the number of key tiles");
   if (p.shape.packed) {
@@ -439,28 +566,18 @@ BwdResult bwd(const Tensor& dout, const OptTensor& dlse, const Tensor& q, const 
   }
   narrow(int64_t{num_key_tiles} * c.kv_heads, "the number of key tiles over all KV heads");
   const int2* key_tile_list = p.shape.packed ? reinterpret_cast<const int2*>(key_tiles.data_ptr()) : nullptr;
-  switch (plan.build) {
-    case Build::kPlain:
-      check(cuda::plain::backward(b, key_tile_list, num_key_tiles, p.stream), "the plain backward");
-      break;
-    case Build::kPortable:
-      check(cuda::portable::backward(b, key_tile_list, num_key_tiles, p.stream), "the portable backward");
-      break;
-    case Build::kSm90: {
-      size_t bytes = 0;
-      if constexpr (cuda::kBuiltSm90) bytes = cuda::sm90::backward_masked_workspace(c);
-      const Tensor workspace = at::empty({static_cast<int64_t>(bytes)}, q.options().dtype(at::kByte));
-      check(TOPK_SM90(backward_masked(b, workspace.data_ptr(), bytes, p.stream, deterministic)),
-            "the masked backward");
-      break;
-    }
-  }
-  if (gather) {
-    check(TOPK_SM90(backward_union_dkv(b, p.stream)), "the gathered backward (dK, dV)");
-    check(cuda::finish_gradients(c, b.dk_sum, b.dv_sum, b.dk, b.dv, p.stream), "the gradient conversion");
+
+  // A few KV heads at a time, so that the float32 sums stay small beside the inputs of long sequences.
+  const bool gather = plan.backward_share > 0.0f && b.bitmap != nullptr && !keeps_everything(c);
+  const int32_t step = kv_heads_at_a_time(c, plan, gather);
+  for (int32_t first = 0; first < c.kv_heads; first += step) {
+    const int32_t count = std::min(step, c.kv_heads - first);
+    backward_of(p, plan, slice(b, first, count), gather, key_tile_list, num_key_tiles, deterministic);
   }
   return {dq, dk, dv};
 }
+
+namespace {
 
 SelectResult select_scores(const Tensor& scores, int64_t topk, const OptTensor& lengths) {
   check_select_scores(scores, topk, lengths);
@@ -483,15 +600,6 @@ SelectResult select_scores(const Tensor& scores, int64_t topk, const OptTensor& 
   p.indices = indices.data_ptr<int32_t>();
   if (p.rows > 0) check(cuda::select_scores(p, at::cuda::getCurrentCUDAStream()), "the row selection");
   return {threshold, tie_index, indices};
-}
-
-FwdResult fwd_kvcache(const Tensor& q, const Tensor&, const Tensor&, const OptTensor&, const OptTensor&,
-                      const Tensor&, const OptTensor&, const OptTensor&, const OptTensor&, bool, OptInt,
-                      std::optional<double>, int64_t, OptInt, std::string_view, int64_t, int64_t,
-                      std::optional<double>, bool) {
-  TORCH_CHECK_NOT_IMPLEMENTED(false,
-                              "topk_attn: topk_attn_with_kvcache is not implemented on CUDA yet, got q on ",
-                              q.device(), ": move the tensors to the CPU");
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -522,6 +630,10 @@ void set_wish(std::string_view build, std::string_view selection, double largest
   shared().wish = wish;
 }
 
+void reset_bits(std::string_view corrupt) {
+  bits::reset(std::string(corrupt));
+}
+
 PlanTuple last_plan() {
   const std::lock_guard<std::mutex> lock(shared().mutex);
   return tuple_of(shared().last);
@@ -531,11 +643,10 @@ PlanTuple last_plan() {
 }  // namespace topk_attn
 
 TORCH_LIBRARY_IMPL(topk_attn, CUDA, m) {
-  m.impl("select", &topk_attn::select);
-  m.impl("fwd", &topk_attn::fwd);
-  m.impl("bwd", &topk_attn::bwd);
+  m.impl("select", &topk_attn::cuda_ops::select);
+  m.impl("fwd", &topk_attn::cuda_ops::fwd);
+  m.impl("bwd", &topk_attn::cuda_ops::bwd);
   m.impl("select_scores", &topk_attn::select_scores);
-  m.impl("fwd_kvcache", &topk_attn::fwd_kvcache);
 }
 
 TORCH_LIBRARY_FRAGMENT(topk_attn, m) {
@@ -545,6 +656,7 @@ TORCH_LIBRARY_FRAGMENT(topk_attn, m) {
       "deterministic=False) -> "
       "(str, str, float, float)",
       &topk_attn::plan_of);
+  m.def("_cuda_reset_bits(str corrupt) -> ()", &topk_attn::reset_bits);
   m.def("_cuda_override(str build, str selection, float largest_share) -> ()", &topk_attn::set_wish);
   m.def("_cuda_last_plan() -> (str, str, float, float)", &topk_attn::last_plan);
 }

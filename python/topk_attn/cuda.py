@@ -5,9 +5,9 @@ those of csrc/kernels/cuda/plan.h:
 
 - build: "plain" (float32), "portable" (bf16 and fp16, every GPU since compute capability 8.0), "sm90" (H100,
   H200);
-- selection: "slab" (scores of a few query tiles in a reused buffer) or "fused" (inside the product, sm90);
+- selection: "slab" (scores of a few query tiles in a reused buffer) or "fused" (inside the product);
 - largest_share: a query tile whose union of kept keys is at most this share of the keys that it sees is
-  served by the gathered kernels (sm90), the others by masked dense ones. 0: no tile is gathered.
+  served by the gathered kernels, the others by masked dense ones. 0: no tile is gathered.
 """
 
 import contextlib

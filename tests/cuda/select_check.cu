@@ -3,8 +3,9 @@
 //
 //   select_check              every check: kinds of data, shapes, budgets, packed documents
 //   select_check little       a few small cases, for compute-sanitizer
-//   select_check time S W     times S keys and rows, B1 H32 Hkv8 D128 bf16 causal, random and real-like,
-//   checks some tiles
+//   select_check time S W D   times S keys and rows, B1 H32 Hkv8 bf16 causal, random and real-like, and
+//   checks some
+//                             tiles; W 0: 1 %, W -5: 5 %
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -34,9 +35,9 @@ using namespace topk_attn::cuda;
     }                                                                                  \
   } while (false)
 
-enum Data { kRandom, kRealLike, kAllEqual, kTwoValues, kDuplicated, kNaN, kInf, kDataKinds };
-const char* const kDataNames[] = {"random",     "real-like", "all equal", "two values",
-                                  "duplicated", "NaN",       "inf"};
+enum Data { kRandom, kRealLike, kMixed, kAllEqual, kTwoValues, kDuplicated, kNaN, kInf, kDataKinds };
+const char* const kDataNames[] = {"random",     "real-like",  "mixed", "all equal",
+                                  "two values", "duplicated", "NaN",   "inf"};
 
 __device__ uint32_t hash(uint32_t x) {
   x ^= x >> 16;
@@ -67,7 +68,8 @@ __global__ void fill(T* out, int batch, int tokens, int heads, int channels, int
     const uint32_t index = static_cast<uint32_t>(((b * tokens + t) * heads + head) * channels + channel);
     const float white = normal(index, seed);
     float x = white;
-    if (kind == kRealLike) {
+    // Mixed: real-like queries and white ones, 200 tokens each.
+    if (kind == kRealLike || (kind == kMixed && (is_key || t / 200 % 2 == 0))) {
       state = decay * state + kick * normal(index, seed + 5);
       x = is_key ? sqrtf(0.8f) * state + sqrtf(0.2f) * white
                  : (state + 0.35f * white) / sqrtf(1.0f + 0.35f * 0.35f);
@@ -127,6 +129,7 @@ struct Case {
   std::vector<int> documents;  // lengths; packed if not empty (tq = tk)
   int check_tiles = 1 << 30;   // how many (head, tile) are compared
   int timed = 0;               // timed runs
+  bool bitmap = true;
 };
 
 template <typename T>
@@ -184,7 +187,9 @@ bool run_case(const Case& x) {
   Selection s;
   CHECK(cudaMalloc(&s.threshold, rows * 4));
   CHECK(cudaMalloc(&s.tie_index, rows * 4));
-  CHECK(cudaMalloc(&s.bitmap, std::max<int64_t>(bitmap_size, 1) * 4));
+  uint32_t* device_bitmap;
+  CHECK(cudaMalloc(&device_bitmap, std::max<int64_t>(bitmap_size, 1) * 4));
+  if (x.bitmap) s.bitmap = device_bitmap;
   CHECK(cudaMemset(s.threshold, 0xab, rows * 4));
   CHECK(cudaMemset(s.tie_index, 0xab, rows * 4));
   if (!sm90::supports_select(c)) {
@@ -200,7 +205,7 @@ bool run_case(const Case& x) {
   CHECK(cudaEventCreate(&end));
   std::vector<float> times;
   for (int run = 0; run < 1 + x.timed; ++run) {
-    CHECK(cudaMemsetAsync(s.bitmap, 0, bitmap_size * 4));
+    CHECK(cudaMemsetAsync(device_bitmap, 0, bitmap_size * 4));
     CHECK(cudaEventRecord(begin));
     CHECK(sm90::select(c, s, workspace, bytes, nullptr));
     CHECK(cudaEventRecord(end));
@@ -217,7 +222,7 @@ bool run_case(const Case& x) {
   std::vector<uint32_t> bitmap(bitmap_size);
   CHECK(cudaMemcpy(threshold.data(), s.threshold, rows * 4, cudaMemcpyDeviceToHost));
   CHECK(cudaMemcpy(tie_index.data(), s.tie_index, rows * 4, cudaMemcpyDeviceToHost));
-  CHECK(cudaMemcpy(bitmap.data(), s.bitmap, bitmap_size * 4, cudaMemcpyDeviceToHost));
+  CHECK(cudaMemcpy(bitmap.data(), device_bitmap, bitmap_size * 4, cudaMemcpyDeviceToHost));
   std::vector<int2> list;
   const int64_t all = int64_t{c.heads} * c.num_tiles;
   const int64_t stride = std::max<int64_t>(1, all / std::max(1, x.check_tiles)) | 1;
@@ -289,7 +294,7 @@ bool run_case(const Case& x) {
             }
           }
           const uint32_t* got = bitmap.data() + (int64_t{head} * c.num_tiles + tile) * words;
-          for (int64_t w = 0; w < words; ++w) {
+          for (int64_t w = 0; x.bitmap && w < words; ++w) {
             if (expected[w] != got[w] && bad_bits[worker]++ == 0 && message[worker].empty()) {
               char text[200];
               std::snprintf(text, sizeof text, "bitmap head %d tile %d word %d: want %08x, got %08x", head,
@@ -314,25 +319,32 @@ bool run_case(const Case& x) {
     std::printf(", wrong rows %lld, words %lld; %s", static_cast<long long>(wrong),
                 static_cast<long long>(wrong_bits), first_error.c_str());
   }
+  // Rows and tiles that were repaired, and tiles that were settled from their marks: the arrays lie behind
+  // the counters in the workspace.
+  const auto array = [&](auto sample, int64_t offset) {
+    std::vector<decltype(sample)> values(all);
+    CHECK(cudaMemcpy(values.data(), static_cast<char*>(workspace) + offset, all * sizeof sample,
+                     cudaMemcpyDeviceToHost));
+    return values;
+  };
+  const int64_t rebuild_offset = 256 + (all * 8 + 255) / 256 * 256;
+  int64_t repaired = 0, rebuilt = 0, settled = 0;
+  for (uint64_t u : array(uint64_t{}, 256)) repaired += __builtin_popcountll(u);
+  for (uint32_t u : array(uint32_t{}, rebuild_offset)) rebuilt += u != 0;
+  for (int32_t n : array(int32_t{}, rebuild_offset + (all * 4 + 255) / 256 * 256)) {
+    settled += n >= 0 && n < 0x7ffffffe;  // not written: negative
+  }
+  std::printf(" | of %lld tiles settled %lld, rebuilt %lld; repaired rows %lld", static_cast<long long>(all),
+              static_cast<long long>(settled), static_cast<long long>(rebuilt),
+              static_cast<long long>(repaired));
   if (!times.empty()) {
-    // Rows and tiles that were repaired: the arrays lie behind the counter in the workspace.
-    std::vector<uint64_t> unsettled(all);
-    CHECK(cudaMemcpy(unsettled.data(), static_cast<char*>(workspace) + 256, all * 8, cudaMemcpyDeviceToHost));
-    std::vector<uint32_t> rebuild(all);
-    CHECK(cudaMemcpy(rebuild.data(), static_cast<char*>(workspace) + 256 + (all * 8 + 255) / 256 * 256,
-                     all * 4, cudaMemcpyDeviceToHost));
-    int64_t repaired = 0, rebuilt = 0;
-    for (uint64_t u : unsettled) repaired += __builtin_popcountll(u);
-    for (uint32_t u : rebuild) rebuilt += u != 0;
-    std::printf(
-        " | %.3f ms (min %.3f, max %.3f), repaired %.2e of the rows, rebuilt %lld tiles, workspace %.0f MiB",
-        times[times.size() / 2], times.front(), times.back(), static_cast<double>(repaired) / rows,
-        static_cast<long long>(rebuilt), bytes / 1048576.0);
+    std::printf(" | %.3f ms (min %.3f, max %.3f), workspace %.0f MiB", times[times.size() / 2], times.front(),
+                times.back(), bytes / 1048576.0);
   }
   std::printf("\n");
   std::fflush(stdout);
   for (void* p : {static_cast<void*>(q), static_cast<void*>(k), static_cast<void*>(s.threshold),
-                  static_cast<void*>(s.tie_index), static_cast<void*>(s.bitmap), workspace,
+                  static_cast<void*>(s.tie_index), static_cast<void*>(device_bitmap), workspace,
                   static_cast<void*>(device_list), static_cast<void*>(device_scores), static_cast<void*>(cu),
                   static_cast<void*>(device_tiles)}) {
     CHECK(cudaFree(p));
@@ -415,6 +427,35 @@ int check() {
   x.name = "packed documents, MHA D128";
   x.heads = x.kv_heads = 2, x.dim = 128, x.budget = topk(40);
   add(x);
+  x = Case{};
+  x.check_tiles = 60;
+  for (Data data : {kRealLike, kMixed, kRandom, kDuplicated, kTwoValues, kNaN, kInf}) {
+    x.data = data;
+    x.tq = x.tk = 9000;
+    x.budget = ratio(0.01);
+    x.name = std::string(kDataNames[data]) + " S 9,000 1 %";
+    add(x);
+    x.budget = ratio(0.05);
+    x.name = std::string(kDataNames[data]) + " S 9,000 5 %";
+    add(x);
+    x.budget = topk(1500);
+    x.name = std::string(kDataNames[data]) + " S 9,000 W 1,500";
+    add(x);
+  }
+  x.data = kRealLike;
+  x.bitmap = false;
+  x.name = "real-like S 9,000 W 1,500, no bitmap";
+  add(x);
+  x.bitmap = true;
+  x.name = "real-like S 9,000 W 300 D64";
+  x.dim = 64, x.dtype = DType::kFloat16, x.budget = topk(300);
+  add(x);
+  x.name = "packed documents, mixed, 5 %";
+  x.data = kMixed, x.documents = {4000, 70, 0, 5001, 640, 1}, x.budget = ratio(0.05);
+  add(x);
+  x.name = "packed documents, real-like, 1 %";
+  x.data = kRealLike, x.dim = 128, x.heads = 6, x.budget = ratio(0.01);
+  add(x);
   std::printf("%d cases failed\n", bad);
   return bad != 0;
 }
@@ -434,15 +475,18 @@ int check_little() {
   return bad;
 }
 
-int time_select(int s, int w) {
+int time_select(int s, int w, int dim) {
   int bad = 0;
   for (Data data : {kRandom, kRealLike}) {
     Case x;
     x.name = std::string(kDataNames[data]) + " S " + std::to_string(s) + " W " +
-             (w > 0 ? std::to_string(w) : "1 %");
+             (w > 0   ? std::to_string(w)
+              : w < 0 ? std::to_string(-w) + " %"
+                      : "1 %") +
+             " D" + std::to_string(dim);
     x.data = data;
-    x.heads = 32, x.kv_heads = 8, x.tq = x.tk = s;
-    x.budget = w > 0 ? topk(w) : ratio(0.01);
+    x.heads = 32, x.kv_heads = 8, x.tq = x.tk = s, x.dim = dim;
+    x.budget = w > 0 ? topk(w) : ratio(w < 0 ? -0.01 * w : 0.01);
     x.check_tiles = 16;
     x.timed = 7;
     bad += !run(x);
@@ -454,7 +498,7 @@ int time_select(int s, int w) {
 
 int main(int argc, char** argv) {
   if (argc > 3 && std::strcmp(argv[1], "time") == 0)
-    return time_select(std::atoi(argv[2]), std::atoi(argv[3]));
+    return time_select(std::atoi(argv[2]), std::atoi(argv[3]), argc > 4 ? std::atoi(argv[4]) : 128);
   if (argc > 1 && std::strcmp(argv[1], "little") == 0) return check_little();
   return check();
 }

@@ -1,11 +1,13 @@
 // Check of the attention kernels over gathered unions (csrc/kernels/cuda/sm90/union.h) on an sm_90a GPU.
 //
-//   union_check [quick] [time] [time-random] [heads-first]
+//   union_check [quick] [repeat] [time] [time-random] [heads-first]
 //
 // quick: small shapes with every feature (dtypes, head dims, GQA, packed documents, strided views, sinks and
 // recent keys, ties, mixed regimes), each compared with a float64 reference on sampled rows and keys and with
-// exact counts of the kept pairs on all rows. time, time-random: S = 32,768 (8,192) at 32 heads, checked on
-// samples and timed. Without arguments: quick and time. Exit status 0 iff everything agrees.
+// exact counts of the kept pairs on all rows. Every case also runs the deterministic dK and dV: 20 times
+// (repeat: 1,000 times at S = 8,192) beside a competing stream, bit for bit. time, time-random: S = 32,768
+// (8,192) at 32 heads, checked on samples and timed. Without arguments: quick, repeat and time. Exit status 0
+// iff everything agrees.
 //
 // Selections come from a brute force here: a slab of mma.sync scores and one radix selection per row.
 #include <cuda_runtime.h>
@@ -19,6 +21,7 @@
 #include <vector>
 
 #include "cuda/sm90/union.h"
+#include "union_deterministic.cuh"
 #include "union_reference.cuh"
 
 using namespace topk_attn;
@@ -78,6 +81,7 @@ struct Case {
   std::vector<int> documents = {};
   bool timed = false;
   bool special = false;  // a key with an infinite channel, a NaN query: out and lse only
+  int repeats = 20;      // of the deterministic backward
 };
 
 struct Median {
@@ -88,7 +92,7 @@ struct Median {
   }
 };
 template <typename Function>
-float time_ms(Function run) {
+float time_ms(Function run, cudaStream_t stream = nullptr) {
   cudaEvent_t a;
   cudaEvent_t b;
   CHECK(cudaEventCreate(&a));
@@ -96,15 +100,160 @@ float time_ms(Function run) {
   Median median;
   run();
   for (int i = 0; i < 9; ++i) {
-    CHECK(cudaEventRecord(a));
+    CHECK(cudaEventRecord(a, stream));
     run();
-    CHECK(cudaEventRecord(b));
+    CHECK(cudaEventRecord(b, stream));
     CHECK(cudaEventSynchronize(b));
     float ms = 0;
     CHECK(cudaEventElapsedTime(&ms, a, b));
     median.values.push_back(ms);
   }
   return median.get();
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Deterministic dK and dV
+// ---------------------------------------------------------------------------------------------------------------
+
+// Two sums of dK and dV, their workspace and what they become.
+struct Gradients {
+  float* dk_sum;
+  float* dv_sum;
+  void* workspace;
+  View dk;
+  View dv;
+};
+
+// The deterministic backward of a case, whose float sums are in backward.dk_sum and dv_sum. Leaves the
+// decoded sums in `dk` and `dv`.
+template <typename T>
+bool check_deterministic(const BackwardCall& backward, int repeats, bool timed, float* dk, float* dv) {
+  const Call& call = backward.call;
+  const int dim = call.head_dim;
+  const int64_t k_rows = int64_t{call.cu_q == nullptr ? call.batch : 1} * call.tk * call.kv_heads;
+  const int64_t n = k_rows * dim;
+  const int64_t q_words = int64_t{call.cu_q == nullptr ? call.batch : 1} * call.tq * call.heads * dim / 2;
+  std::vector<void*> owned;
+  const auto keep = [&owned](auto* p) {
+    owned.push_back(p);
+    return p;
+  };
+  const auto new_gradients = [&] {
+    const auto rows = [&] {
+      return View{keep(device_array<T>(n)), int64_t{call.tk} * call.kv_heads * dim,
+                  int64_t{call.kv_heads} * dim, dim};
+    };
+    return Gradients{keep(device_array<float>(n)), keep(device_array<float>(n)),
+                     keep(device_array<char>(sm90::union_workspace(call))), rows(), rows()};
+  };
+  const Gradients first = new_gradients();
+  const Gradients again = new_gradients();
+  float* const base = keep(device_array<float>(n));
+  uint32_t* const first_dq = keep(device_array<uint32_t>(q_words));
+  int* const failures = keep(device_array<int>(kFailures));
+  const int64_t traffic_size = int64_t{1} << 24;
+  float* const traffic = keep(device_array<float>(traffic_size));
+  cudaStream_t stream;
+  cudaStream_t other;
+  CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  CHECK(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+  fill_base<<<512, 256>>>(base, dim, n);
+  CHECK(cudaDeviceSynchronize());
+
+  const auto run = [&](const Gradients& g, bool on_base) {
+    BackwardCall b = backward;
+    b.dk_sum = g.dk_sum;
+    b.dv_sum = g.dv_sum;
+    b.dk = g.dk;
+    b.dv = g.dv;
+    CHECK(sm90::backward_union_dq(b, stream, g.workspace));
+    for (float* sums : {g.dk_sum, g.dv_sum}) {
+      if (on_base) {
+        CHECK(cudaMemcpyAsync(sums, base, n * 4, cudaMemcpyDeviceToDevice, stream));
+      } else {
+        CHECK(cudaMemsetAsync(sums, 0, n * 4, stream));
+      }
+    }
+    CHECK(sm90::backward_union_dkv(b, stream, g.workspace));
+    CHECK(sm90::finish_union_gradients(b, g.workspace, stream));
+  };
+  const auto differ = [&](const void* a, const void* b, int64_t words, Failure kind) {
+    count_differences<<<256, 256, 0, stream>>>(static_cast<const uint32_t*>(a),
+                                               static_cast<const uint32_t*>(b), words, failures + kind);
+  };
+  const auto decode_both = [&](const Gradients& g) {
+    const float2* const steps = static_cast<const float2*>(g.workspace);
+    decode<<<512, 256, 0, stream>>>(g.dk_sum, steps, 1, dim, n, dk);
+    decode<<<512, 256, 0, stream>>>(g.dv_sum, steps, 0, dim, n, dv);
+  };
+
+  // Runs, bit for bit, while the other stream takes multiprocessors and L2 away.
+  run(first, false);
+  CHECK(cudaMemcpyAsync(first_dq, backward.dq.data, q_words * 4, cudaMemcpyDeviceToDevice, stream));
+  for (int i = 0; i < repeats; ++i) {
+    const int64_t size = traffic_size >> (i % 5);
+    fill<<<1 + i * 37 % 300, 256, 0, other>>>(traffic, static_cast<float>(i), size);
+    run(again, false);
+    differ(first.dk_sum, again.dk_sum, n, kRuns);
+    differ(first.dv_sum, again.dv_sum, n, kRuns);
+    differ(first.workspace, again.workspace, 3 * k_rows, kRuns);
+    differ(first.dk.data, again.dk.data, n / 2, kRuns);
+    differ(first.dv.data, again.dv.data, n / 2, kRuns);
+    differ(first_dq, backward.dq.data, q_words, kRuns);
+    if (i % 16 == 15) CHECK(cudaStreamSynchronize(other));
+  }
+  CHECK(cudaStreamSynchronize(stream));
+  // The float sums do differ between runs, or this shows nothing.
+  BackwardCall floats = backward;
+  floats.dk_sum = again.dk_sum;
+  floats.dv_sum = again.dv_sum;
+  CHECK(cudaMemsetAsync(again.dk_sum, 0, n * 4, stream));
+  CHECK(cudaMemsetAsync(again.dv_sum, 0, n * 4, stream));
+  CHECK(sm90::backward_union_dkv(floats, stream));
+  differ(backward.dk_sum, again.dk_sum, n, kFloatRuns);
+
+  decode_both(first);
+  compare_forms<<<512, 256, 0, stream>>>(dk, backward.dk_sum, static_cast<const T*>(first.dk.data), dim, n,
+                                         failures);
+  compare_forms<<<512, 256, 0, stream>>>(dv, backward.dv_sum, static_cast<const T*>(first.dv.data), dim, n,
+                                         failures);
+  run(again, true);
+  const float2* const steps = static_cast<const float2*>(again.workspace);
+  compare_base<<<512, 256, 0, stream>>>(again.dk_sum, steps, base, dk, 1, dim, n, failures);
+  compare_base<<<512, 256, 0, stream>>>(again.dv_sum, steps, base, dv, 0, dim, n, failures);
+  CHECK(cudaDeviceSynchronize());
+  const std::vector<int> counts = to_host(failures, kFailures);
+  std::printf(
+      "  deterministic: %d runs, %d words differ (one float run: %d); not zero %d, not marked %d, conversion "
+      "%d, on a base %d\n",
+      repeats, counts[kRuns], counts[kFloatRuns], counts[kZeros], counts[kNonFinite], counts[kFinished],
+      counts[kBase]);
+
+  if (timed) {
+    // Whole, the clearing of the sums included. The converting kernel of the other build is
+    // common/delta.cu's.
+    const auto timed_stream = [&](auto work) { return time_ms([&] { work(); }, stream); };
+    const float whole = timed_stream([&] { run(again, false); });
+    const float dq = timed_stream([&] { CHECK(sm90::backward_union_dq(backward, stream, again.workspace)); });
+    BackwardCall b = backward;
+    b.dk_sum = again.dk_sum;
+    b.dv_sum = again.dv_sum;
+    b.dk = again.dk;
+    b.dv = again.dv;
+    const float float_whole = timed_stream([&] {
+      CHECK(sm90::backward_union_dq(b, stream));
+      CHECK(cudaMemsetAsync(b.dk_sum, 0, n * 4, stream));
+      CHECK(cudaMemsetAsync(b.dv_sum, 0, n * 4, stream));
+      CHECK(sm90::backward_union_dkv(b, stream));
+      CHECK(finish_gradients(call, b.dk_sum, b.dv_sum, b.dk, b.dv, stream));
+    });
+    std::printf("  dq, dkv, conversion: %.3f ms, deterministic %.3f ms (dq %.3f), ratio %.3f\n", float_whole,
+                whole, dq, whole / float_whole);
+  }
+  for (void* p : owned) CHECK(cudaFree(p));
+  CHECK(cudaStreamDestroy(stream));
+  CHECK(cudaStreamDestroy(other));
+  return counts[kRuns] + counts[kZeros] + counts[kNonFinite] + counts[kFinished] + counts[kBase] == 0;
 }
 
 template <typename T>
@@ -415,6 +564,23 @@ bool run_case(const Case& c) {
     compare("dk", to_host(ref_dk, nk * c.dim), to_host(ref_dk, nk * c.dim), gather_keys(dk_sum), 1e-2);
     compare("dv", to_host(ref_dv, nk * c.dim), to_host(ref_dv, nk * c.dim), gather_keys(dv_sum), 1e-2);
   }
+  float* fixed_dk = keep(device_array<float>(k_rows * c.kv_heads * c.dim));
+  float* fixed_dv = keep(device_array<float>(k_rows * c.kv_heads * c.dim));
+  if (!check_deterministic<T>(backward, c.repeats, c.timed, fixed_dk, fixed_dv)) fail("deterministic", 1);
+  if (!c.special) {
+    const auto same = [&](const char* what, const double* reference, const float* fixed) {
+      compare(what, to_host(reference, nk * c.dim), to_host(reference, nk * c.dim), gather_keys(fixed), 1e-2);
+    };
+    same("dk'", ref_dk, fixed_dk);
+    same("dv'", ref_dv, fixed_dv);
+    // Apart from the order of additions and the steps both variants add the same numbers.
+    const auto near = [&](const char* what, const float* sums, const float* fixed) {
+      const std::vector<double> floats = gather_keys(sums);
+      compare(what, floats, floats, gather_keys(fixed), 2e-4);
+    };
+    near("dk'-", dk_sum, fixed_dk);
+    near("dv'-", dv_sum, fixed_dv);
+  }
   {
     const std::vector<double> reference = to_host(ref_lse, nr);
     const std::vector<float> all = to_host(lse, row_values);
@@ -530,12 +696,14 @@ Budget keep_topk(int64_t topk) {
 
 int main(int argc, char** argv) {
   bool quick = argc < 2;
+  bool repeat = argc < 2;
   bool timed = argc < 2;
   bool timed_random = false;
   bool heads_first = false;
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     quick |= word == "quick";
+    repeat |= word == "repeat";
     timed |= word == "time";
     timed_random |= word == "time-random";
     heads_first |= word == "heads-first";
@@ -628,6 +796,16 @@ int main(int argc, char** argv) {
                  .budget = keep_ratio(0.05),
                  .special = true});
   }
+  if (repeat) {
+    good &= run({.name = "bf16 D128 GQA4 S8192 real-like 1%, 1000 times",
+                 .heads = 8,
+                 .kv_heads = 2,
+                 .tq = 8192,
+                 .tk = 8192,
+                 .budget = keep_ratio(0.01),
+                 .data = Data::kRealLike,
+                 .repeats = 1000});
+  }
   Case big{.name = "bf16 D128 H32 Hkv8 S32768 real-like 1%",
            .heads = 32,
            .kv_heads = 8,
@@ -636,9 +814,15 @@ int main(int argc, char** argv) {
            .budget = keep_ratio(0.01),
            .data = Data::kRealLike,
            .heads_first = heads_first,
-           .timed = true};
+           .timed = true,
+           .repeats = 100};
   if (timed) {
     good &= run(big);
+    Case wide = big;
+    wide.name = "bf16 D128 H32 Hkv8 S32768 real-like 5%";
+    wide.budget = keep_ratio(0.05);
+    wide.repeats = 20;
+    good &= run(wide);
     Case narrow = big;
     narrow.name = "bf16 D64 H32 Hkv8 S32768 real-like 1%";
     narrow.dim = 64;

@@ -151,13 +151,14 @@ def test_empty_documents_change_nothing(tmp_path):
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_checkpointing_changes_no_bit(family, dtype, tmp_path):
+def test_checkpointing_changes_no_bit(family, dtype, recompute, tmp_path):
     folder = save_model(tiny_model(family, tie_word_embeddings=family == "llama"), tmp_path / "model")
     batch = packed_batch(LENGTHS, 131)
-    plain = run_probe(folder, batch, tmp_path, dtype=dtype, checkpointing=0)
-    again = run_probe(folder, batch, tmp_path, dtype=dtype, checkpointing=1)
+    plain = run_probe(folder, batch, tmp_path, dtype=dtype)
+    again = run_probe(folder, batch, tmp_path, dtype=dtype, recompute=recompute)
     assert plain.keys() == again.keys()
     for name in plain:
         assert torch.equal(plain[name], again[name]), name

@@ -144,12 +144,15 @@ def test_float32_equals_the_oracle(family, tmp_path):
     assert_close(run_probe(folder, batch, tmp_path, attention=block), want)
 
 
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpointing_changes_no_bit(dtype, tmp_path):
+def test_checkpointing_changes_no_bit(dtype, recompute, tmp_path):
     folder = save_model(tiny_model("llama"), tmp_path / "model")
     batch = packed_batch(LENGTHS, 131)
     plain = run_probe(folder, batch, tmp_path, dtype=dtype, attention=BLOCKS["dense_layer"])
-    again = run_probe(folder, batch, tmp_path, dtype=dtype, attention=BLOCKS["dense_layer"], checkpointing=1)
+    again = run_probe(
+        folder, batch, tmp_path, dtype=dtype, attention=BLOCKS["dense_layer"], recompute=recompute
+    )
     assert all(torch.equal(plain[name], again[name]) for name in plain)
 
 

@@ -1,6 +1,7 @@
 """topk-sft against the same training written in PyTorch, and what a run prints and writes."""
 
 import hashlib
+import json
 import os
 import pty
 import subprocess
@@ -161,8 +162,16 @@ def test_accumulation_does_not_change_the_result(bench):
 
 def test_activation_checkpointing_does_not_change_a_bit(bench):
     run(bench.recipe("plain"))
-    run(bench.recipe("recomputed", train={"gradient_checkpointing": True}))
-    assert losses(bench.folder / "plain") == losses(bench.folder / "recomputed")
+    for recompute in ("all", "all_but_attention"):
+        run(bench.recipe(recompute, train={"gradient_checkpointing": True, "recompute": recompute}))
+        assert losses(bench.folder / recompute) == losses(bench.folder / "plain")
+
+
+def test_profile_writes_a_chrome_trace(bench):
+    trace = bench.folder / "trace.json"
+    run(bench.recipe(), "--profile", trace)
+    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any("aten::mm" in name for name in names)
 
 
 def test_packing_does_not_change_the_loss(bench):

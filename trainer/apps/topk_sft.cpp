@@ -43,7 +43,7 @@ int run(const CommandLine& line) {
     topk_sft::print_dry_run(plan, parsed.notes);
   } else {
     topk_sft::install_signal_handlers();
-    topk_sft::run_training(plan, parsed.notes);
+    topk_sft::run_training(plan, parsed.notes, line.profile);
   }
   return 0;
 }

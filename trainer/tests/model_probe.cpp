@@ -6,13 +6,16 @@
 //        -> loss, logits (T, V), hidden (T, N), grad.<parameter> of loss_sum
 //        decode_ids int64 (B, T), optional leftpad int32 (B)
 //        -> decode_logits (T - prefill + 1, B, V): after a first call with `prefill` tokens, then one by one
-// keys:  dtype=float32|bfloat16|float64   attention=dense|own|{JSON block}   checkpointing=0|1   prefill=N
+// keys:  dtype=float32|bfloat16|float64   device=cpu|cuda[:N]   attention=dense|own|{JSON block}
+//        recompute=all|all_but_attention (default: nothing)   deterministic=0|1   prefill=N
 //        capacity=N (of the cache; default T)   export=DIR   max_shard_bytes=N
+#include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/stack.h>
 #include <fmt/format.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 
 #include "io/error.h"
@@ -42,10 +45,20 @@ void run(const std::string& model_dir, const std::string& input, const std::stri
          std::map<std::string, std::string> options) {
   LoadOptions load;
   load.dtype = parse_dtype(options.contains("dtype") ? options["dtype"] : "float32");
+  if (options.contains("device")) load.device = at::Device(options["device"]);
   const auto model = CausalLM::load(model_dir, load);
-  model->set_attention(
-      parse_attention(options.contains("attention") ? options["attention"] : "dense", model->config()));
-  model->set_activation_checkpointing(options["checkpointing"] == "1");
+  AttentionSettings attention =
+      parse_attention(options.contains("attention") ? options["attention"] : "dense", model->config());
+  if (options["deterministic"] == "1") {
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+    attention.options.deterministic = true;
+  }
+  model->set_attention(attention);
+  const std::string& recompute = options["recompute"];
+  model->set_activation_checkpointing(recompute == "all"                 ? Recompute::kAll
+                                      : recompute == "all_but_attention" ? Recompute::kAllButAttention
+                                                                         : Recompute::kNothing);
   if (options.contains("export")) {
     const int64_t shard =
         options.contains("max_shard_bytes") ? std::stoll(options["max_shard_bytes"]) : kMaxShardBytes;
@@ -77,7 +90,7 @@ void run(const std::string& model_dir, const std::string& input, const std::stri
     const int64_t prefill = options.contains("prefill") ? std::stoll(options["prefill"]) : 1;
     const int64_t capacity = options.contains("capacity") ? std::stoll(options["capacity"]) : ids.size(1);
     KvState state = model->make_kv_state(ids.size(0), capacity);
-    if (file.find("leftpad") != nullptr) state.leftpad = tensor("leftpad");
+    if (file.find("leftpad") != nullptr) state.leftpad = tensor("leftpad").to(load.device);
     std::vector<at::Tensor> logits = {model->decode(ids.narrow(1, 0, prefill), state)};
     for (int64_t t = prefill; t < ids.size(1); ++t)
       logits.push_back(model->decode(ids.narrow(1, t, 1), state));

@@ -118,7 +118,7 @@ TEST_CASE("AdamW in float32", "[optim]") {
       add_gradient(vector, at::full({3}, g * part));
       adam.accumulate();
     }
-    CHECK(adam.grad_norm() == Approx(std::abs(g) * 3).margin(1e-6));
+    CHECK(adam.grad_norm().item<double>() == Approx(std::abs(g) * 3).margin(1e-6));
     adam.step(0.01);
     decayed.step(g, 0.01, o, 0.1);
     plain.step(g, 0.01, o, 0.0);
@@ -153,11 +153,11 @@ TEST_CASE("bfloat16 gradients are added up in float32", "[optim]") {
     add_gradient(parameter, at::ones({1, 1}));
     adam.accumulate();
   }
-  CHECK(adam.grad_norm() == 1024.0);
+  CHECK(adam.grad_norm().item<double>() == 1024.0);
   adam.scale_gradients(0.5);
-  CHECK(adam.grad_norm() == 512.0);
+  CHECK(adam.grad_norm().item<double>() == 512.0);
   adam.zero_grad();
-  CHECK(adam.grad_norm() == 0.0);
+  CHECK(adam.grad_norm().item<double>() == 0.0);
 }
 
 TEST_CASE("given masters replace the rounded parameters", "[optim]") {
@@ -165,7 +165,6 @@ TEST_CASE("given masters replace the rounded parameters", "[optim]") {
   const at::Tensor parameter = leaf(start.to(at::kBFloat16));
   const AdamW adam({{"w", parameter}}, {}, {start});
   CHECK(adam.masters()[0].second.equal(start));
-  CHECK_FALSE(adam.masters()[0].second.is_same(start));
   CHECK(parameter[0][0].item<double>() == 1.0);
 }
 
@@ -179,7 +178,7 @@ TEST_CASE("the non-finite gradient nearest to the loss is named", "[optim]") {
   CHECK(adam.nonfinite_gradient().empty());
   add_gradient(a, at::full({2, 2}, std::numeric_limits<float>::infinity()));
   CHECK(adam.nonfinite_gradient() == "a");
-  CHECK(std::isinf(adam.grad_norm()));
+  CHECK(std::isinf(adam.grad_norm().item<double>()));
   add_gradient(b, at::full({2}, std::nan("")));
   CHECK(adam.nonfinite_gradient() == "b");
 }

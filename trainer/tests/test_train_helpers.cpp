@@ -67,7 +67,7 @@ std::vector<int64_t> values(const at::Tensor& tensor) {
 
 BatchValues batch_values(const TokenDataset& data, const PackedDataset& packed,
                          const std::vector<int64_t>& sequences) {
-  const PackedBatch batch = make_batch(data, packed, sequences);
+  const PackedBatch batch = make_batch(data, packed, sequences, at::kCPU);
   return {values(batch.input_ids), values(batch.position_ids), values(batch.labels), values(batch.cu_seqlens),
           batch.max_seqlen};
 }

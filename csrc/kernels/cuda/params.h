@@ -97,7 +97,8 @@ struct BackwardCall {
   View dout;
   View dq;  // the input's dtype, contiguous rows
   // Where both regimes meet, dK and dV are summed in float32: the masked kernel writes every row of the sums
-  // first, the gathered one adds to them, finish_gradients() converts. Otherwise the masked kernel writes dk
+  // first, the gathered one adds to them, finish_gradients() converts (deterministic:
+  // finish_union_gradients(), the sums being integers by then). Otherwise the masked kernel writes dk
   // and dv itself.
   View dk, dv;              // the input's dtype
   float* dk_sum = nullptr;  // (tokens, kv_heads, head_dim) as k is laid out; null: not wanted

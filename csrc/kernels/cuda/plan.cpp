@@ -4,6 +4,7 @@
 
 #include "built.h"
 #include "portable/portable.h"
+#include "portable/select.h"
 #include "sm90/masked.h"
 #include "sm90/select.h"
 #include "sm90/union.h"
@@ -14,6 +15,8 @@ namespace {
 // Shares of the visible keys up to which a tile costs less gathered than masked dense (docs/kernels.md).
 constexpr float kForwardShare = 0.55f;
 constexpr float kBackwardShare = 0.30f;
+constexpr float kPortableForwardShare = 0.75f;
+constexpr float kPortableBackwardShare = 0.65f;
 
 std::string number(int value) {
   return std::to_string(value);
@@ -101,31 +104,36 @@ Plan plan(const Call& c, int arch, bool attend, bool deterministic, const Wish& 
   }
 
   // Selection.
-  if (wish.selection == "fused" && !fused) {
+  const bool portable_fused = c.dtype != DType::kFloat32 && portable::supports_select(c);
+  const bool sm90_fused = fused && wish.build != "portable";
+  if (wish.selection == "fused" && !sm90_fused && !portable_fused) {
     return fail(
-        "selection 'fused' needs an sm_90 GPU, bf16 or fp16, head dim 64 or 128, select='head' and no sink "
-        "or recent keys");
+        "selection 'fused' needs bf16 or fp16, a head dim up to 128, select='head', no sink or recent keys "
+        "and a budget whose candidates fit its workspace");
   }
   p.selector =
-      fused && wish.selection != "slab" && wish.build != "portable" ? Selector::kFused : Selector::kSlab;
-  if (wish.selection == "fused") p.selector = Selector::kFused;
+      wish.selection != "slab" && (sm90_fused || portable_fused) ? Selector::kFused : Selector::kSlab;
+  p.selector_build = sm90_fused ? Build::kSm90 : Build::kPortable;
   if (p.selector == Selector::kSlab && p.build == Build::kSm90 && !portable_problem.empty())
     return fail(portable_problem);
 
   // Regimes.
   if (wish.largest_share > 1.0f)
     return fail("largest_share must be at most 1, got " + std::to_string(wish.largest_share));
-  const bool may_gather = attend && gather && wish.build != "portable";
+  if (p.build == Build::kPortable) gather = portable::supports_gathered(c);
+  const bool may_gather = attend && gather && p.build != Build::kPlain;
   if (attend && wish.largest_share > 0.0f && !may_gather) {
     return fail(
-        "gathered tiles (largest_share above 0) need the sm90 build: an sm_90 GPU, bf16 or fp16, head dims "
-        "64 or 128, equal for k and v, and select='head'");
+        "gathered tiles (largest_share above 0) need bf16 or fp16, head dims up to 128 and select='head'");
   }
   if (may_gather) {
-    p.forward_share = wish.largest_share < 0.0f ? kForwardShare : wish.largest_share;
-    p.backward_share = wish.largest_share < 0.0f ? kBackwardShare : wish.largest_share;
-    // The gathered pass adds its tiles' dK and dV in no fixed order.
-    if (deterministic) p.backward_share = 0.0f;
+    const bool portable = p.build == Build::kPortable;
+    const float forward_share = portable ? kPortableForwardShare : kForwardShare;
+    const float backward_share = portable ? kPortableBackwardShare : kBackwardShare;
+    p.forward_share = wish.largest_share < 0.0f ? forward_share : wish.largest_share;
+    p.backward_share = wish.largest_share < 0.0f ? backward_share : wish.largest_share;
+    // The portable gathered pass adds its tiles' dK and dV in no fixed order.
+    if (portable && deterministic) p.backward_share = 0.0f;
   }
   return p;
 }

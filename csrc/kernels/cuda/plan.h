@@ -4,9 +4,9 @@
 //              portable  bf16 and fp16 on mma.sync, every GPU since sm_80
 //              sm90      bf16 and fp16 on wgmma and TMA, sm_90a (H100, H200)
 //   selection  slab      scores of a few tiles in a reused buffer, radix select per row
-//              fused     inside the QK^T pass, certified per row, scores never stored (sm90)
+//              fused     inside the QK^T pass, certified per row, scores never stored
 //   regime     per query tile, on the device: gathered union where the tile's union of kept keys is at most
-//              largest_share of what it sees (sm90), masked dense elsewhere
+//              largest_share of what it sees, masked dense elsewhere
 //
 // A build that cannot serve part of a call is not replaced silently where the user asked for it: the plan
 // then fails with the reason. Without a wish the best part for the GPU is taken, part by part; all of them
@@ -36,7 +36,8 @@ struct Plan {
   std::string problem;  // not empty: the request cannot be served, and why; the rest is then meaningless
   Build build = Build::kPortable;  // of the masked dense passes
   Selector selector = Selector::kSlab;
-  float forward_share = 0.0f;  // largest_share of the forward; 0: no tile is gathered
+  Build selector_build = Build::kPortable;  // of a fused selection: portable or sm90
+  float forward_share = 0.0f;               // largest_share of the forward; 0: no tile is gathered
   float backward_share = 0.0f;
 };
 

@@ -7,7 +7,7 @@ held out, the settings (recipes/demo-*.yaml) and the seeds are fixed.
 
 On a GPU, with more steps and longer sequences:
 
-    python -m topk_attn.demo --device cuda --steps 400 --sequence-len 4096
+    python -m topk_attn.demo --device cuda --steps 400 --sequence-len 8192
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Plan:
         """Rough durations on two CPU cores; see Stages."""
         trained = self.steps * self.sequence_len / 1024
         held_out = (self.eval_essays * self.sequence_len + self.eval_questions * 90) / 1024
-        native_eval = 3 * self.eval_essays * self.sequence_len / 1024
+        native_eval = 2 * self.eval_essays * self.sequence_len / 1024
         run = 10 + 6.5 * trained + 1.8 * native_eval
         return {
             "Model and text from PyPI": 5,
@@ -88,8 +88,8 @@ def make_plan(options: argparse.Namespace) -> Plan:
         device=options.device,
         steps=options.steps or (2 if quick else settings["train"]["max_steps"]),
         sequence_len=options.sequence_len or (128 if quick else settings["data"]["sequence_len"]),
-        eval_essays=1 if quick else 4,
-        eval_questions=4 if quick else 24,
+        eval_essays=1 if quick else 3,
+        eval_questions=4 if quick else 12,
         seed=settings["train"]["seed"],
         parity_tokens=96 if quick else 512,
         parity_layers=(0, 1) if quick else (0, 14, 29),
@@ -157,7 +157,7 @@ def train(plan: Plan, model: Path, run: str) -> Path:
         "data.eval_files": [shards["eval-essays"]],
         "data.sequence_len": plan.sequence_len,
         "train.max_steps": plan.steps,
-        "train.eval_steps": max(1, plan.steps // 2),
+        "train.eval_steps": plan.steps,  # before the first step and after the last
         "checkpoint.output_dir": str(plan.output / run),
     }
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]

@@ -411,17 +411,6 @@ def test_mixed_devices_are_refused(gpu):
     refuses(lambda: topk_attn.topk_select_scores(normal(2, 9), 3, int32(9, 9).cpu()), "lengths", "cpu")
 
 
-def test_cache_operator_is_refused_or_right(gpu):
-    """Until the cache operator exists on CUDA it says so, and what to do."""
-    q, k, v = make_qkv(1, 1, 9, 2, 1, 64)
-    try:
-        out = topk_attn.topk_attn_with_kvcache(q, k, v, cache_seqlens=int32(9), topk=3)
-    except NotImplementedError as error:
-        assert "topk_attn_with_kvcache" in str(error) and "cuda" in str(error).lower()
-    else:
-        assert_same(out, topk_attn.topk_attn_func(q, k, v, topk=3), "out")
-
-
 def test_float64_is_refused(gpu):
     q, k, v = make_qkv(1, 9, 9, 2, 1, 64, dtype=torch.float64)
     for call in (

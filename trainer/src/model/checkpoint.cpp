@@ -1,4 +1,4 @@
-// Activation checkpointing: a graph node that keeps the input and runs the function once more when its
+// Activation checkpointing: a graph node that keeps the inputs and runs the function once more when its
 // gradient is asked for.
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
@@ -17,30 +17,46 @@ using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 struct CheckpointNode : torch::autograd::Node {
-  std::function<at::Tensor(const at::Tensor&)> function;
-  SavedVariable saved_x;
+  TensorFunction function;
+  std::vector<SavedVariable> saved;
   variable_list parameters;
 
   std::string name() const override { return "Checkpoint"; }
   void release_variables() override {
-    saved_x.reset_data();
+    saved.clear();
     parameters.clear();
     function = nullptr;
   }
 
   variable_list apply(variable_list&& grads) override {
-    const at::Tensor x = saved_x.unpack(shared_from_this()).detach().requires_grad_(true);
     const at::AutoGradMode enable(true);
-    const at::Tensor out = function(x);
-    variable_list inputs = {x};
-    for (const at::Tensor& parameter : parameters) {
-      if (parameter.requires_grad()) inputs.push_back(parameter);
+    variable_list inputs;
+    for (SavedVariable& variable : saved) {
+      const at::Tensor x = variable.unpack(shared_from_this());
+      inputs.push_back(x.detach().requires_grad_(x.requires_grad()));
     }
-    const variable_list found = torch::autograd::grad({out}, inputs, {grads[0]});
-    variable_list result = {found[0]};
-    size_t next = 1;
-    for (const at::Tensor& parameter : parameters) {
-      result.push_back(parameter.requires_grad() ? found[next++] : at::Tensor());
+    const variable_list all_outputs = function(inputs);
+    // An output that nobody used has no gradient.
+    variable_list outputs, output_grads;
+    for (size_t i = 0; i < all_outputs.size(); ++i) {
+      if (!grads[i].defined()) continue;
+      outputs.push_back(all_outputs[i]);
+      output_grads.push_back(grads[i]);
+    }
+    variable_list wanted;
+    for (const variable_list* list : {&inputs, &parameters}) {
+      for (const at::Tensor& tensor : *list) {
+        if (tensor.requires_grad()) wanted.push_back(tensor);
+      }
+    }
+    const variable_list found = torch::autograd::grad(outputs, wanted, output_grads, /*retain_graph=*/false,
+                                                      /*create_graph=*/false, /*allow_unused=*/true);
+    variable_list result;
+    size_t next = 0;
+    for (const variable_list* list : {&inputs, &parameters}) {
+      for (const at::Tensor& tensor : *list) {
+        result.push_back(tensor.requires_grad() ? found[next++] : at::Tensor());
+      }
     }
     return result;
   }
@@ -48,24 +64,25 @@ struct CheckpointNode : torch::autograd::Node {
 
 }  // namespace
 
-at::Tensor checkpoint(const std::function<at::Tensor(const at::Tensor&)>& function, const at::Tensor& x,
-                      const std::vector<at::Tensor>& parameters) {
-  variable_list inputs = {x};
-  inputs.insert(inputs.end(), parameters.begin(), parameters.end());
-  if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(inputs)) return function(x);
-
+std::vector<at::Tensor> checkpoint(const TensorFunction& function, const std::vector<at::Tensor>& inputs,
+                                   const std::vector<at::Tensor>& parameters) {
+  variable_list sources = inputs;
+  sources.insert(sources.end(), parameters.begin(), parameters.end());
+  if (!at::GradMode::is_enabled() || !torch::autograd::any_variable_requires_grad(sources)) {
+    return function(inputs);
+  }
   auto node = std::make_shared<CheckpointNode>();
   node->function = function;
   node->parameters = parameters;
-  node->set_next_edges(torch::autograd::collect_next_edges(inputs));
-  node->saved_x = SavedVariable(x, /*is_output=*/false);
-  at::Tensor out;
+  node->set_next_edges(torch::autograd::collect_next_edges(sources));
+  for (const at::Tensor& x : inputs) node->saved.emplace_back(x, /*is_output=*/false);
+  variable_list outputs;
   {
     const at::NoGradGuard no_grad;
-    out = function(x);
+    outputs = function(inputs);
   }
-  torch::autograd::set_history(out, node);
-  return out;
+  torch::autograd::set_history(outputs, node);
+  return outputs;
 }
 
 }  // namespace topk_sft

@@ -1,4 +1,4 @@
-// One transformer layer and the norm around it: attention with grouped KV heads and SwiGLU.
+// One transformer layer in two parts around the attention: grouped KV heads before it, SwiGLU after it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,16 +8,10 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/functions.h"
 #include "model/rope.h"
 
 namespace topk_sft {
-
-// A linear map; bias is undefined when the model has none.
-struct Linear {
-  at::Tensor weight;  // (out, in)
-  at::Tensor bias;    // (out)
-  at::Tensor operator()(const at::Tensor& x) const;
-};
 
 struct Layer {
   at::Tensor input_norm;  // (hidden)
@@ -26,19 +20,30 @@ struct Layer {
   at::Tensor post_norm;       // (hidden)
   Linear gate, up, down;
 
-  std::vector<at::Tensor> parameters() const;
+  // Those that layer_heads and layer_output read.
+  std::vector<at::Tensor> head_parameters() const;
+  std::vector<at::Tensor> output_parameters() const;
 };
 
 // The attention of one layer: q (..., H, D), k and v (..., Hkv, D), after RoPE -> (..., H, D).
 using Attend = std::function<at::Tensor(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)>;
 
-// x (..., hidden) -> (..., hidden); the leading dimensions are those of the RoPE table.
+// x (..., hidden) -> q, k and v, rotated; the leading dimensions are those of the RoPE table.
+std::vector<at::Tensor> layer_heads(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
+                                    const RopeTable& rope);
+// x and what attention made of it (..., H, D) -> (..., hidden).
+at::Tensor layer_output(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
+                        const at::Tensor& attended);
+// Both, with the attention between them.
 at::Tensor layer_forward(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
                          const RopeTable& rope, const Attend& attend);
 
-// Causal attention inside each document, torch's SDPA. q (T, H, D), k and v (T, Hkv, D); bounds as
-// cu_seqlens, on the host. The group's queries read one KV head through strides: nothing is repeated.
+// Causal attention inside each document, on torch's kernels. q (T, H, D), k and v (T, Hkv, D); cu_seqlens
+// int32 (docs + 1) on their device and `bounds`, the same on the host. No KV head is repeated in memory.
+//
+// CUDA, 16-bit: one document runs on cuDNN, several in one call of the varlen flash kernels, which also serve
+// runs that must be deterministic. Elsewhere each document is one call of scaled_dot_product_attention.
 at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const std::vector<int64_t>& bounds);
+                           const at::Tensor& cu_seqlens, const std::vector<int64_t>& bounds);
 
 }  // namespace topk_sft

@@ -35,10 +35,12 @@ struct CausalLM::Impl {
 
   AttentionSettings attention;
   std::vector<bool> layer_is_sparse;
-  bool checkpointing = false;
+  Recompute recompute = Recompute::kNothing;
 
   Impl(const ModelConfig& model_config, const LoadOptions& options);
   void bind_parameters();
+  // Takes the values of the next parameter, in any dtype, on the CPU.
+  void add_parameter(const std::string& name, const at::Tensor& values, const LoadOptions& options);
   at::Tensor embed(const at::Tensor& ids) const {
     return at::embedding(embedding, ids, config.pad_token_id.value_or(-1));
   }
@@ -76,7 +78,7 @@ void check_range(const at::Tensor& tensor, const char* name, int64_t low, int64_
 }
 
 std::vector<int64_t> check_bounds(const at::Tensor& cu_seqlens, int64_t tokens, int64_t max_seqlen) {
-  const at::Tensor host = cu_seqlens.to(at::kCPU, at::kLong).contiguous();
+  const at::Tensor host = cu_seqlens.to(at::kCPU).to(at::kLong).contiguous();
   std::vector<int64_t> bounds(host.const_data_ptr<int64_t>(), host.const_data_ptr<int64_t>() + host.numel());
   const bool rising = std::is_sorted(bounds.begin(), bounds.end());
   if (bounds.size() < 2 || bounds.front() != 0 || bounds.back() != tokens || !rising) {
@@ -91,6 +93,11 @@ std::vector<int64_t> check_bounds(const at::Tensor& cu_seqlens, int64_t tokens, 
   return bounds;
 }
 
+// Nothing waits for the copy if the tensor is in pinned memory.
+at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
+  return tensor.to(at::TensorOptions().device(device), /*non_blocking=*/true);
+}
+
 Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device,
                     bool need_bounds) {
   check_vector(batch.input_ids, "input_ids", at::kLong, -1);
@@ -100,7 +107,10 @@ Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Dev
   check_vector(batch.cu_seqlens, "cu_seqlens", at::kInt, -1);
   check_range(batch.input_ids, "input_ids", 0, config.vocab_size - 1);
   check_range(batch.position_ids, "position_ids", 0, INT64_MAX);
-  Packing packing{batch.input_ids.to(device), batch.position_ids.to(device), batch.cu_seqlens.to(device), {}};
+  Packing packing{on_device(batch.input_ids, device),
+                  on_device(batch.position_ids, device),
+                  on_device(batch.cu_seqlens, device),
+                  {}};
   if (need_bounds || batch.cu_seqlens.device().is_cpu()) {
     packing.bounds = check_bounds(batch.cu_seqlens, tokens, batch.max_seqlen);
   }
@@ -132,6 +142,13 @@ CausalLM::Impl::Impl(const ModelConfig& model_config, const LoadOptions& options
   const auto count = static_cast<int64_t>(rope.inv_freq.size());
   inv_freq = at::from_blob(rope.inv_freq.data(), {count}, at::kFloat).clone().to(device);
   rope_scaling = rope.attention_scaling;
+}
+
+void CausalLM::Impl::add_parameter(const std::string& name, const at::Tensor& values,
+                                   const LoadOptions& options) {
+  const at::Tensor there = values.to(options.device);
+  if (options.masters != nullptr) options.masters->push_back(there.to(at::kFloat));
+  parameters.emplace_back(name, there.to(options.dtype));
 }
 
 void CausalLM::Impl::bind_parameters() {
@@ -174,8 +191,9 @@ std::unique_ptr<CausalLM> CausalLM::load(const std::string& hf_dir, const LoadOp
   const SafetensorsFolder folder(hf_dir);
   const std::vector<ParameterSpec> specs = parameter_specs(impl->config);
   check_names(folder, specs, impl->config, hf_dir);
+  const at::ScalarType dtype = options.masters != nullptr ? at::kFloat : options.dtype;
   for (const ParameterSpec& spec : specs) {
-    impl->parameters.emplace_back(spec.name, read_parameter(folder, spec, options.dtype, options.device));
+    impl->add_parameter(spec.name, read_parameter(folder, spec, dtype), options);
   }
   impl->bind_parameters();
   return std::unique_ptr<CausalLM>(new CausalLM(std::move(impl)));
@@ -186,8 +204,7 @@ std::unique_ptr<CausalLM> CausalLM::create(const ModelConfig& config, const Load
   auto impl = std::make_unique<Impl>(config, options);
   at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   for (const ParameterSpec& spec : parameter_specs(config)) {
-    impl->parameters.emplace_back(spec.name,
-                                  draw_parameter(spec, config, generator).to(options.device, options.dtype));
+    impl->add_parameter(spec.name, draw_parameter(spec, config, generator), options);
   }
   impl->bind_parameters();
   return std::unique_ptr<CausalLM>(new CausalLM(std::move(impl)));
@@ -208,8 +225,8 @@ at::Device CausalLM::device() const {
 const AttentionSettings& CausalLM::attention() const {
   return impl_->attention;
 }
-void CausalLM::set_activation_checkpointing(bool enabled) {
-  impl_->checkpointing = enabled;
+void CausalLM::set_activation_checkpointing(Recompute recompute) {
+  impl_->recompute = recompute;
 }
 std::vector<std::pair<std::string, at::Tensor>> CausalLM::named_parameters() const {
   return impl_->parameters;
@@ -277,6 +294,35 @@ void CausalLM::set_attention(const AttentionSettings& settings) {
 // Packed forward
 // ---------------------------------------------------------------------------------------------------------------
 
+namespace {
+
+at::Tensor run_layer(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
+                     const std::shared_ptr<const RopeTable>& rope, const Attend& attend,
+                     Recompute recompute) {
+  using Tensors = std::vector<at::Tensor>;
+  // The closures own what they read: they run again in the backward.
+  const auto heads = [&config, layer, rope](const Tensors& in) {
+    return layer_heads(config, layer, in[0], *rope);
+  };
+  const auto output = [&config, layer](const Tensors& in) {
+    return Tensors{layer_output(config, layer, in[0], in[1])};
+  };
+  const auto whole = [&config, layer, rope, attend](const Tensors& in) {
+    return Tensors{layer_forward(config, layer, in[0], *rope, attend)};
+  };
+  if (recompute == Recompute::kNothing) return whole({x})[0];
+  Tensors head_parameters = layer.head_parameters();
+  const Tensors output_parameters = layer.output_parameters();
+  if (recompute == Recompute::kAllButAttention) {
+    const Tensors qkv = checkpoint(heads, {x}, head_parameters);
+    return checkpoint(output, {x, attend(qkv[0], qkv[1], qkv[2])}, output_parameters)[0];
+  }
+  head_parameters.insert(head_parameters.end(), output_parameters.begin(), output_parameters.end());
+  return checkpoint(whole, {x}, head_parameters)[0];
+}
+
+}  // namespace
+
 at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
   const Impl& m = *impl_;
   if (m.attention.topk && m.attention.prefill_dense) {
@@ -301,13 +347,10 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
       };
     } else {
       attend = [packing](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-        return dense_attention(q, k, v, packing->bounds);
+        return dense_attention(q, k, v, packing->cu_seqlens, packing->bounds);
       };
     }
-    const auto run = [config = &m.config, layer, rope, attend](const at::Tensor& input) {
-      return layer_forward(*config, layer, input, *rope, attend);
-    };
-    x = m.checkpointing ? checkpoint(run, x, layer.parameters()) : run(x);
+    x = run_layer(m.config, layer, x, rope, attend, m.recompute);
   }
   return rms_norm(x, m.final_norm, m.config.rms_norm_eps);
 }
@@ -320,12 +363,16 @@ at::Tensor CausalLM::loss_sum(const PackedBatch& batch) const {
   const Impl& m = *impl_;
   check_vector(batch.input_ids, "input_ids", at::kLong, -1);
   check_vector(batch.labels, "labels", at::kLong, batch.input_ids.size(0));
+  const auto to_model = [&](const at::Tensor& x) {
+    return on_device(batch.labels.is_pinned() ? x.pin_memory() : x, m.device);
+  };
+  // Only the tokens with a loss reach the vocabulary.
   const at::Tensor kept = batch.labels.ne(kIgnoreLabel).nonzero().squeeze(1);
   const at::Tensor labels = batch.labels.index_select(0, kept);
   check_range(labels, "labels", 0, m.config.vocab_size - 1);
-  const at::Tensor hidden = hidden_states(batch);
-  // Only the tokens with a loss reach the vocabulary.
-  return linear_cross_entropy_sum(hidden.index_select(0, kept.to(m.device)), m.lm_head, labels.to(m.device));
+  at::Tensor hidden = hidden_states(batch);
+  if (kept.size(0) < hidden.size(0)) hidden = hidden.index_select(0, to_model(kept));
+  return linear_cross_entropy_sum(hidden, m.lm_head, to_model(labels));
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -46,6 +46,15 @@ struct LoadOptions {
   at::ScalarType dtype =
       at::kFloat;  // of the parameters and the arithmetic: float32, bfloat16 (float64: tests)
   at::Device device = at::kCPU;
+  // Filled, if not null, with the float32 values of the parameters before they are rounded to `dtype`.
+  std::vector<at::Tensor>* masters = nullptr;
+};
+
+// What the backward computes again instead of keeping it.
+enum class Recompute {
+  kNothing,
+  kAllButAttention,  // keeps each layer's input, its rotated heads and what attention returns and saves
+  kAll,              // keeps each layer's input
 };
 
 // What decoding keeps between calls. Made by CausalLM::make_kv_state; the members are the operator's
@@ -80,9 +89,8 @@ class CausalLM {
 
   void set_attention(const AttentionSettings& settings);  // Error when it cannot be honoured
   const AttentionSettings& attention() const;
-  // Keeps only each layer's input in the forward and recomputes the layer in the backward; same gradients to
-  // the bit.
-  void set_activation_checkpointing(bool enabled);
+  // The gradients are the same to the bit.
+  void set_activation_checkpointing(Recompute recompute);
 
   // Hugging Face names, a tied weight once (as model.embed_tokens.weight), in a fixed order: embedding,
   // layers, final norm, lm_head. The tensors are the model's own leaves: updating them in place updates the

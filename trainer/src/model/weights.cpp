@@ -61,8 +61,7 @@ std::vector<ParameterSpec> parameter_specs(const ModelConfig& config) {
   return specs;
 }
 
-at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& spec, at::ScalarType dtype,
-                          at::Device device) {
+at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& spec, at::ScalarType dtype) {
   const SafetensorsFolder::Entry* entry = folder.find(spec.name);
   if (entry == nullptr) fail("the weights lack the tensor {}", spec.name);
   const std::string what = fmt::format("{}: tensor {}", entry->file->path(), spec.name);
@@ -83,7 +82,7 @@ at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& 
          scalar_type(entry->tensor->dtype) == dtype ? "" : fmt::format(" as {}", c10::toString(dtype)), value,
          at);
   }
-  return tensor.to(device);
+  return tensor;
 }
 
 void check_names(const SafetensorsFolder& folder, const std::vector<ParameterSpec>& specs,

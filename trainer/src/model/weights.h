@@ -21,10 +21,9 @@ struct ParameterSpec {
 // All parameters in a fixed order: embedding, layers, final norm, lm_head (left out when tied).
 std::vector<ParameterSpec> parameter_specs(const ModelConfig& config);
 
-// Reads one parameter of the folder in `dtype` on `device`. Error when it is missing, has another shape, is
+// Reads one parameter of the folder in `dtype`, on the CPU. Error when it is missing, has another shape, is
 // not floating point, or holds NaN or infinity (in the file or after the conversion).
-at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& spec, at::ScalarType dtype,
-                          at::Device device);
+at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& spec, at::ScalarType dtype);
 
 // Error when the folder lacks a parameter or has a tensor that is none. A tied model may hold lm_head.weight
 // if it equals the embedding; the rotary buffers that old exports carry are ignored.

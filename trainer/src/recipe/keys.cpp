@@ -190,12 +190,19 @@ std::vector<Key> make_keys() {
        "gradient_checkpointing",
        RECIPE_FIELD(train.gradient_checkpointing),
        kMayChange,
-       "Keep only the input of each layer and recompute the rest in the backward pass: less memory, about a "
-       "third "
-       "more time.",
+       "Keep little of each layer and compute the rest again in the backward pass: less memory, more time.",
        {},
        {},
        {"enable_activation_checkpointing", "activation_checkpointing"}},
+      {"train",
+       "recompute",
+       RECIPE_FIELD(train.recompute),
+       kMayChange,
+       "What gradient_checkpointing computes again. all: each layer's input is kept, nothing else. "
+       "all_but_attention: the rotated heads, the attention's result and the selection are kept too, so that "
+       "attention runs and keys are selected once.",
+       {},
+       {"all", "all_but_attention"}},
       {"train", "seed", RECIPE_FIELD(train.seed), kMustMatch,
        "Seed of the data order, of random_init and of sampled generations.", between(0, kMaxInt)},
       {"train", "deterministic", RECIPE_FIELD(train.deterministic), kMayChange,

@@ -374,6 +374,9 @@ void Parser::check() {
   if (r.train.sample_steps > 0 && r.train.sample_prompts.empty()) {
     throw Error(origin("train.sample_steps") + ": train.sample_steps needs train.sample_prompts");
   }
+  if (!r.train.gradient_checkpointing && origins.count("train.recompute")) {
+    note(origins["train.recompute"], "train.recompute has no effect: train.gradient_checkpointing is false");
+  }
   if (r.train.max_steps && origins.count("train.num_epochs")) {
     note(origins["train.num_epochs"], "train.num_epochs has no effect: train.max_steps is given");
   }

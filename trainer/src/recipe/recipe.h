@@ -48,6 +48,7 @@ struct TrainSection {
   int64_t micro_batch_size = 1;
   int64_t gradient_accumulation_steps = 1;
   bool gradient_checkpointing = false;
+  std::string recompute = "all_but_attention";  // all, all_but_attention
   int64_t seed = 42;
   bool deterministic = false;
   std::optional<int64_t> num_threads;

@@ -7,7 +7,7 @@
 namespace topk_sft {
 
 PackedBatch make_batch(const TokenDataset& dataset, const PackedDataset& packed,
-                       const std::vector<int64_t>& sequences) {
+                       const std::vector<int64_t>& sequences, at::Device device) {
   std::vector<const Piece*> pieces;
   for (const int64_t sequence : sequences) {
     for (const int64_t piece : packed.bins[static_cast<size_t>(sequence)]) {
@@ -16,10 +16,13 @@ PackedBatch make_batch(const TokenDataset& dataset, const PackedDataset& packed,
   }
   const int64_t tokens = packed.tokens(sequences);
   PackedBatch batch;
-  batch.input_ids = at::empty({tokens}, at::kLong);
-  batch.position_ids = at::empty({tokens}, at::kLong);
-  batch.labels = at::empty({tokens}, at::kLong);
-  batch.cu_seqlens = at::empty({static_cast<int64_t>(pieces.size()) + 1}, at::kInt);
+  const auto vector = [&](int64_t size, at::ScalarType type) {
+    return at::empty({size}, at::TensorOptions().dtype(type).pinned_memory(!device.is_cpu()));
+  };
+  batch.input_ids = vector(tokens, at::kLong);
+  batch.position_ids = vector(tokens, at::kLong);
+  batch.labels = vector(tokens, at::kLong);
+  batch.cu_seqlens = vector(static_cast<int64_t>(pieces.size()) + 1, at::kInt);
   auto* ids = batch.input_ids.data_ptr<int64_t>();
   auto* positions = batch.position_ids.data_ptr<int64_t>();
   auto* labels = batch.labels.data_ptr<int64_t>();

@@ -5,7 +5,8 @@
 namespace topk_sft {
 
 const char* usage_text() {
-  return "usage: topk-sft recipe.yaml [section.key=value ...] [--dry-run] [--resume PATH|latest]\n"
+  return "usage: topk-sft recipe.yaml [section.key=value ...] [--dry-run] [--resume PATH|latest] "
+         "[--profile FILE]\n"
          "\n"
          "Fine-tunes a causal language model with dense or exact top-k attention, as the recipe says.\n"
          "\n"
@@ -15,6 +16,7 @@ const char* usage_text() {
          "                            batch with its loss mask; nothing is computed or written\n"
          "  --resume PATH|latest      continues from that checkpoint, or from the newest one of the run's "
          "folder\n"
+         "  --profile FILE            writes a Chrome trace of three steps, past the first ones\n"
          "  --help-recipe[=markdown]  prints every key of a recipe\n"
          "  --version                 prints the version\n"
          "  --help                    prints this text\n"
@@ -54,6 +56,13 @@ CommandLine parse_command_line(const std::vector<std::string>& arguments) {
       }
       if (value.empty()) throw UsageError("--resume needs a checkpoint folder, or latest");
       line.overrides.push_back("checkpoint.resume_from_checkpoint=" + value);
+    } else if (argument == "--profile" || argument.rfind("--profile=", 0) == 0) {
+      if (argument != "--profile") {
+        line.profile = argument.substr(10);
+      } else if (++i < arguments.size()) {
+        line.profile = arguments[i];
+      }
+      if (line.profile.empty()) throw UsageError("--profile needs a file for the trace");
     } else if (argument.rfind("-", 0) == 0) {
       throw UsageError("unknown option '" + argument + "'");
     } else if (line.recipe.empty() && argument.find('=') == std::string::npos) {

@@ -18,6 +18,7 @@ struct CommandLine {
   Action action = Action::kTrain;
   std::string recipe;
   std::vector<std::string> overrides;  // "section.key=value", in order; --resume is one of them
+  std::string profile;                 // file for a Chrome trace; empty: none
 };
 
 // arguments: without the program's name. Throws UsageError.

@@ -31,10 +31,23 @@ double measured_peak_flops(at::Device device, at::ScalarType dtype) {
   return 2 * size * size * size / best;
 }
 
+namespace {
+
+c10::CachingDeviceAllocator::DeviceStats device_stats(at::Device device) {
+  const auto index = device.has_index() ? device.index() : c10::DeviceIndex{0};
+  return c10::getDeviceAllocator(device.type())->getDeviceStats(index);
+}
+
+}  // namespace
+
 double memory_in_use(at::Device device) {
   if (device.is_cpu()) return resident_bytes();
-  const auto stats = c10::getDeviceAllocator(device.type())->getDeviceStats(device.index());
-  return static_cast<double>(stats.reserved_bytes[0].current);  // [0]: all pools together
+  return static_cast<double>(device_stats(device).reserved_bytes[0].current);  // [0]: all pools together
+}
+
+double peak_memory(at::Device device) {
+  if (device.is_cpu()) return peak_resident_bytes();
+  return static_cast<double>(device_stats(device).allocated_bytes[0].peak);
 }
 
 }  // namespace topk_sft

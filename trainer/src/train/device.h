@@ -12,5 +12,7 @@ double measured_peak_flops(at::Device device, at::ScalarType dtype);
 
 // Memory in use, in bytes: of this process on the CPU, of the tensor library's allocator on another device.
 double memory_in_use(at::Device device);
+// The most of it so far; on a device, of what tensors took, without the allocator's reserve.
+double peak_memory(at::Device device);
 
 }  // namespace topk_sft

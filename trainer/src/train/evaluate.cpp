@@ -1,6 +1,7 @@
 #include "train/evaluate.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/zeros.h>
 
 #include <chrono>
 
@@ -20,13 +21,13 @@ std::optional<EvalResult> evaluate(CausalLM& model, const RunPlan& plan, const s
   const auto start = std::chrono::steady_clock::now();
   const StepPlan batches = eval_batches(plan);
   EvalResult result;
-  double sum = 0;
+  at::Tensor sum = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(model.device()));
   for (size_t i = 0; i < batches.size(); ++i) {
-    sum += model.loss_sum(make_batch(plan.eval_data, plan.eval, batches[i])).item<double>();
+    sum += model.loss_sum(make_batch(plan.eval_data, plan.eval, batches[i], model.device()));
     result.targets += plan.eval.targets(batches[i]);
     if (!progress(static_cast<int64_t>(i) + 1, static_cast<int64_t>(batches.size()))) return std::nullopt;
   }
-  result.loss = sum / static_cast<double>(result.targets);
+  result.loss = sum.item<double>() / static_cast<double>(result.targets);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }

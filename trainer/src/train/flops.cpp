@@ -66,7 +66,7 @@ Flops FlopCounter::document(int64_t length, int64_t targets) const {
 }
 
 MemoryEstimate estimate_memory(const ModelConfig& c, bool bfloat16, int64_t tokens, int64_t kept,
-                               bool checkpointing) {
+                               bool checkpointing, bool keep_attention) {
   const auto parameters = static_cast<double>(parameter_count(c));
   const double element = bfloat16 ? 2 : 4;
   MemoryEstimate m;
@@ -80,13 +80,15 @@ MemoryEstimate estimate_memory(const ModelConfig& c, bool bfloat16, int64_t toke
   const auto kv = static_cast<double>(c.num_kv_heads * c.head_dim);
   const auto h = static_cast<double>(c.hidden_size);
   const auto i = static_cast<double>(c.intermediate_size);
-  // Per token of a layer: residual stream, norms and their inputs (6 h), q and its rotation, k and v,
-  // attention output, gate, up, their activation and product (4 I), lse; with top-k the kept keys' indices
-  // and probabilities.
-  const double layer = element * (6 * h + 3 * q + 3 * kv + 4 * i) + 4 * static_cast<double>(c.num_heads) +
-                       8 * static_cast<double>(c.num_heads * kept);
+  // Per token of a layer. Attention: rotated q and k, v, its result and lse; with top-k the kept keys'
+  // indices and probabilities. Rest: the residual stream before and after attention, gate and up, q and k
+  // before their norm.
+  const double attention = element * (2 * q + 2 * kv) + 4 * static_cast<double>(c.num_heads) +
+                           8 * static_cast<double>(c.num_heads * kept);
+  const double layer = attention + element * (2 * h + 2 * i + (c.qk_norm ? q + kv : 0));
   const auto layers = static_cast<double>(c.num_layers);
-  m.activations = t * (checkpointing ? layers * element * h + layer : layers * layer);
+  const double kept_of_layer = element * h + (keep_attention ? attention : 0);
+  m.activations = t * (checkpointing ? layers * kept_of_layer + layer : layers * layer);
   const double chunk = std::min(t, 1024.0);
   m.logits = chunk * static_cast<double>(c.vocab_size) * 3 * 4;
   return m;

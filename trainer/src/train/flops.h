@@ -56,8 +56,9 @@ struct MemoryEstimate {
   double total() const { return weights + master_weights + gradients + moments + activations + logits; }
 };
 
-// tokens: of one micro-batch. kept: keys kept per query (0: dense). checkpointing: activation checkpointing.
+// tokens: of one micro-batch. kept: keys kept per query (0: dense). checkpointing: activation checkpointing,
+// with the heads and results of attention kept or not.
 MemoryEstimate estimate_memory(const ModelConfig& config, bool bfloat16, int64_t tokens, int64_t kept,
-                               bool checkpointing);
+                               bool checkpointing, bool keep_attention = false);
 
 }  // namespace topk_sft

@@ -108,7 +108,8 @@ std::string describe_memory(const RunPlan& plan) {
   const int64_t kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
   const bool bfloat16 = r.model.dtype == "bfloat16";
   const MemoryEstimate m =
-      estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing);
+      estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing,
+                      r.train.recompute == "all_but_attention");
   std::string out = fmt::format("about {}: weights {}", bytes_text(m.total()), bytes_text(m.weights));
   if (bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
   return out + fmt::format(

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
+#include <ATen/ops/stack.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -45,8 +46,10 @@ std::string first_bad_weight(const AdamW& optimizer) {
 std::string locate_gradient(CausalLM& model, AdamW& optimizer, const RunPlan& plan,
                             const StepPlan& micro_batches, int64_t step, int64_t targets) {
   for (size_t i = 0; i < micro_batches.size(); ++i) {
-    optimizer.zero_grad();
-    model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i])).div(targets).backward();
+    optimizer.zero_grad(/*single_pass=*/true);
+    model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()))
+        .div(targets)
+        .backward();
     optimizer.accumulate();
     if (const std::string name = optimizer.nonfinite_gradient(); !name.empty()) {
       return fmt::format("{}: the gradient of {} is not finite", place(plan, micro_batches, step, i), name);
@@ -67,20 +70,12 @@ StepResult run_step(CausalLM& model, AdamW& optimizer, const RunPlan& plan, cons
     result.tokens += plan.train.tokens(sequences);
     result.targets += plan.train.targets(sequences);
   }
-  optimizer.zero_grad();
-  double loss_sum = 0;
+  optimizer.zero_grad(/*single_pass=*/micro_batches.size() == 1);
+  std::vector<at::Tensor> sums;
   for (size_t i = 0; i < micro_batches.size(); ++i) {
-    const at::Tensor sum = model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i]));
-    const auto value = sum.item<double>();
-    if (!std::isfinite(value)) {
-      const std::string weight = first_bad_weight(optimizer);
-      result.nonfinite =
-          fmt::format("{}: the loss is {}; {}", place(plan, micro_batches, step, i), value,
-                      weight.empty() ? "all parameters are finite"
-                                     : "parameter " + weight + " holds a value that is not finite");
-      return result;
-    }
-    loss_sum += value;
+    const at::Tensor sum =
+        model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()));
+    sums.push_back(sum.detach());
     sum.div(result.targets).backward();
     optimizer.accumulate();
     if (!go_on(static_cast<int64_t>(i) + 1)) {
@@ -88,8 +83,25 @@ StepResult run_step(CausalLM& model, AdamW& optimizer, const RunPlan& plan, cons
       return result;
     }
   }
+  // The step's only wait for the device: its losses and the norm, together.
+  sums.push_back(optimizer.grad_norm());
+  for (at::Tensor& value : sums) value = value.to(sums.front().device(), at::kDouble);
+  const at::Tensor values = at::stack(sums).to(at::kCPU);
+  const double* value = values.const_data_ptr<double>();
+  double loss_sum = 0;
+  for (size_t i = 0; i < micro_batches.size(); ++i) {
+    if (!std::isfinite(value[i])) {
+      const std::string weight = first_bad_weight(optimizer);
+      result.nonfinite =
+          fmt::format("{}: the loss is {}; {}", place(plan, micro_batches, step, i), value[i],
+                      weight.empty() ? "all parameters are finite"
+                                     : "parameter " + weight + " holds a value that is not finite");
+      return result;
+    }
+    loss_sum += value[i];
+  }
   result.loss = loss_sum / static_cast<double>(result.targets);
-  result.grad_norm = optimizer.grad_norm();
+  result.grad_norm = value[micro_batches.size()];
   if (!std::isfinite(result.grad_norm)) {
     result.nonfinite = locate_gradient(model, optimizer, plan, micro_batches, step, result.targets);
   }

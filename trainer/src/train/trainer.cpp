@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 
 #include "io/atomic_file.h"
@@ -19,6 +20,7 @@
 #include "train/console.h"
 #include "train/device.h"
 #include "train/evaluate.h"
+#include "train/profile.h"
 #include "train/run_log.h"
 #include "train/sampling.h"
 #include "train/signals.h"
@@ -41,32 +43,30 @@ struct LoadedModel {
   std::vector<at::Tensor> masters;  // float32 start values; empty if the model itself is float32
 };
 
-std::unique_ptr<CausalLM> open_model(const RunPlan& plan, const LoadOptions& options) {
+LoadedModel load_model(const RunPlan& plan) {
   const Recipe& r = plan.recipe;
-  if (r.model.random_init) return CausalLM::create(plan.config, options, static_cast<uint64_t>(r.train.seed));
-  return CausalLM::load(r.model.base_model, options);
+  LoadedModel loaded;
+  LoadOptions options;
+  options.device = at::Device(r.model.device);
+  options.dtype = r.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+  // Masters start from the weights as they are stored, not from their bfloat16 rounding.
+  const bool stored_wider = r.model.random_init || plan.config.dtype != "bfloat16";
+  if (options.dtype == at::kBFloat16 && stored_wider) options.masters = &loaded.masters;
+  loaded.model = r.model.random_init
+                     ? CausalLM::create(plan.config, options, static_cast<uint64_t>(r.train.seed))
+                     : CausalLM::load(r.model.base_model, options);
+  return loaded;
 }
 
-LoadedModel load_model(const RunPlan& plan) {
-  LoadOptions options;
-  options.device = at::Device(plan.recipe.model.device);
-  options.dtype = plan.recipe.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
-  LoadedModel loaded;
-  loaded.model = open_model(plan, options);
-  // Masters start from the weights as they are stored, not from their bfloat16 rounding.
-  const bool stored_wider = plan.recipe.model.random_init || plan.config.dtype != "bfloat16";
-  if (options.dtype == at::kBFloat16 && stored_wider) {
-    options.dtype = at::kFloat;
-    for (auto& [name, tensor] : open_model(plan, options)->named_parameters())
-      loaded.masters.push_back(tensor);
-  }
-  return loaded;
+Recompute recompute_of(const TrainSection& t) {
+  if (!t.gradient_checkpointing) return Recompute::kNothing;
+  return t.recompute == "all" ? Recompute::kAll : Recompute::kAllButAttention;
 }
 
 // One run in progress; its parts are made in the order of the members.
 class Run {
  public:
-  Run(const RunPlan& plan, Console& console, LoadedModel loaded);
+  Run(const RunPlan& plan, Console& console, LoadedModel loaded, std::string profile);
   void train();
 
  private:
@@ -94,6 +94,7 @@ class Run {
   Sampler sampler_;
   FlopCounter flops_;
   double peak_flops_ = 0;
+  std::string profile_;
   std::unique_ptr<RunLog> log_;
   TrainState state_;
   int64_t saved_step_ = -1;      // of the newest checkpoint written or restored
@@ -113,7 +114,7 @@ AdamWOptions adamw_options(const OptimSection& o) {
   return options;
 }
 
-Run::Run(const RunPlan& plan, Console& console, LoadedModel loaded)
+Run::Run(const RunPlan& plan, Console& console, LoadedModel loaded, std::string profile)
     : plan_(plan),
       recipe_(plan.recipe),
       console_(console),
@@ -121,12 +122,12 @@ Run::Run(const RunPlan& plan, Console& console, LoadedModel loaded)
       model_(*loaded_.model),
       prompts_(load_sample_prompts(plan)),
       text_(recipe_.model.base_model),
-      optimizer_(model_.named_parameters(), adamw_options(recipe_.optim), loaded_.masters),
+      optimizer_(model_.named_parameters(), adamw_options(recipe_.optim), std::move(loaded_.masters)),
       sampler_(plan.make_sampler()),
       flops_(plan.config, plan.sparsity_of(recipe_.attention.mode),
-             std::max<int64_t>(1, plan.train.plan.longest)) {
-  loaded_.masters.clear();
-  model_.set_activation_checkpointing(recipe_.train.gradient_checkpointing);
+             std::max<int64_t>(1, plan.train.plan.longest)),
+      profile_(std::move(profile)) {
+  model_.set_activation_checkpointing(recompute_of(recipe_.train));
   AttentionSettings attention = attention_settings(plan.sparsity_of(recipe_.attention.mode));
   attention.options.deterministic = recipe_.train.deterministic;
   model_.set_attention(attention);
@@ -188,9 +189,11 @@ void Run::train() {
 Run::Outcome Run::loop() {
   if (state_.step == 0 && recipe_.train.eval_steps > 0 && !evaluate_all()) return Outcome::kStopped;
   if (state_.step == 0 && recipe_.train.sample_steps > 0) sample();
+  StepProfiler profiler(profile_, model_.device(), plan_.total_steps - state_.step);
   while (state_.step < plan_.total_steps) {
     if (stop_signal() != 0) return Outcome::kStopped;
     const auto begin = Clock::now();
+    profiler.before_step();
     const StepPlan micro_batches = sampler_.next_step();
     const StepResult result = step(micro_batches);
     if (result.stopped) {  // the unfinished step is done again after a resume
@@ -210,6 +213,7 @@ Run::Outcome Run::loop() {
       skip(result);
     }
     optimizer_.zero_grad();
+    if (profiler.after_step()) console_.line("trace written to " + profiler.path());
     ++state_.step;
     state_.sampler = sampler_.state();
     state_.tokens += result.tokens;
@@ -236,11 +240,10 @@ void Run::finish() {
   }
   if (evaluated_step_ != state_.step) evaluate_all();
   if (sampled_step_ != state_.step) sample();
-  log_->event(
-      "end",
-      {{"step", state_.step}, {"tokens", state_.tokens}, {"peak_memory_bytes", peak_resident_bytes()}});
+  const double peak = peak_memory(model_.device());
+  log_->event("end", {{"step", state_.step}, {"tokens", state_.tokens}, {"peak_memory_bytes", peak}});
   console_.line(fmt::format("done: {} steps, {} tokens, peak memory {}", state_.step,
-                            count_text(state_.tokens), bytes_text(peak_resident_bytes())));
+                            count_text(state_.tokens), bytes_text(peak)));
 }
 
 StepResult Run::step(const StepPlan& micro_batches) {
@@ -273,7 +276,7 @@ void Run::report(const StepResult& result, const StepPlan& micro_batches, double
   const double mfu = flops.spent / seconds / peak_flops_;
   const double mfu_dense = flops.dense / seconds / peak_flops_;
   const double tokens_per_second = static_cast<double>(result.tokens) / seconds;
-  const double memory = memory_in_use(optimizer_.masters().front().second.device());
+  const double memory = memory_in_use(model_.device());
   const double epoch =
       static_cast<double>(state_.sampler.epoch) +
       static_cast<double>(state_.sampler.position) / static_cast<double>(plan_.train.bins.size());
@@ -374,7 +377,7 @@ void Run::save() {
 
 }  // namespace
 
-void run_training(const RunPlan& plan, const std::vector<std::string>& notes) {
+void run_training(const RunPlan& plan, const std::vector<std::string>& notes, const std::string& profile) {
   const Recipe& r = plan.recipe;
   Console console(r.logging.progress);
   for (const std::string& note : notes) console.line("note: " + note);
@@ -384,11 +387,17 @@ void run_training(const RunPlan& plan, const std::vector<std::string>& notes) {
   console.line(text);
   const RunFolder folder(r.checkpoint.output_dir, /*fresh=*/r.checkpoint.resume_from_checkpoint.empty());
   if (r.train.num_threads) at::set_num_threads(static_cast<int>(*r.train.num_threads));
-  if (r.train.deterministic) at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
-  at::Generator generator = at::globalContext().defaultGenerator(at::Device(r.model.device));
-  generator.set_current_seed(static_cast<uint64_t>(r.train.seed));
+  if (r.train.deterministic) {
+    // cuBLAS is deterministic only with a fixed workspace, which it reads from here when it starts.
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
+    at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
+  }
+  for (const at::Device device : {at::Device(at::kCPU), at::Device(r.model.device)}) {
+    at::Generator generator = at::globalContext().defaultGenerator(device);
+    generator.set_current_seed(static_cast<uint64_t>(r.train.seed));
+  }
   load_sample_prompts(plan);  // checked before the model is loaded
-  Run run(plan, console, load_model(plan));
+  Run run(plan, console, load_model(plan), profile);
   run.train();
 }
 

@@ -10,8 +10,9 @@ namespace topk_sft {
 
 // Trains as planned: from the start, or from the checkpoint of recipe.checkpoint.resume_from_checkpoint.
 // Returns when the run is complete, or when a signal stopped it and it was saved. Throws Error when it cannot
-// go on; what was saved before stays.
-void run_training(const RunPlan& plan, const std::vector<std::string>& notes);
+// go on; what was saved before stays. `profile`: file for a Chrome trace of a few steps; empty: none.
+void run_training(const RunPlan& plan, const std::vector<std::string>& notes,
+                  const std::string& profile = "");
 
 // Prints the plan, the memory estimate and the first micro-batch that training would see, token by token with
 // its loss mask. Computes and writes nothing.

@@ -1,9 +1,7 @@
 // select_scores.h: kernels, one block a row. The steps of a row are in select_row.cuh.
 #include "select_scores.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
+#include "select_long.h"
 #include "select_row.cuh"
 #include "sequence.cuh"
 
@@ -42,17 +40,6 @@ struct GroupRow {
       best = make_float4(larger(best.x, s.x), larger(best.y, s.y), larger(best.z, s.z), larger(best.w, s.w));
     }
     return best;
-  }
-};
-
-// A row of n scores at any alignment.
-template <typename T>
-struct MatrixRow {
-  const T* row;
-  int n;
-  __device__ float score(int i) const { return i < n ? static_cast<float>(row[i]) : 0.0f; }
-  __device__ float4 vector(int i) const {
-    return make_float4(score(i), score(i + 1), score(i + 2), score(i + 3));
   }
 };
 
@@ -142,33 +129,6 @@ __global__ __launch_bounds__(kThreads, kGroup ? 2 : 5) void select_rows_kernel(c
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------
-// The operator
-// ---------------------------------------------------------------------------------------------------------------
-
-template <typename T>
-__global__ __launch_bounds__(kThreads) void select_scores_kernel(const SelectScoresParams params,
-                                                                 const int capacity) {
-  extern __shared__ select::Candidate candidates[];
-  __shared__ select::Workspace workspace;
-  const int64_t row = blockIdx.x;
-  int n = static_cast<int>(params.n);
-  if (params.lengths != nullptr) n = max(0, min(n, params.lengths[row]));
-  const int wanted = static_cast<int>(min(params.topk, int64_t{n}));
-  const MatrixRow<T> source{static_cast<const T*>(params.scores) + row * params.row_stride, n};
-  const select::Result result = select::select_row(source, 0, n, wanted, candidates, capacity, workspace);
-  if (threadIdx.x == 0) {
-    params.threshold[row] = result.threshold;
-    params.tie_index[row] = result.tie_index;
-  }
-  if (params.indices != nullptr) {
-    const auto keeps = [&](float score, int j) {
-      return admitted(score, int64_t{j}, result.threshold, result.tie_index);
-    };
-    select::write_indices(source, 0, n, keeps, params.indices + row * params.topk, params.topk, workspace);
-  }
-}
-
 // Room for the candidates of a row of n scores of which w are kept: one and a half times what the bound aims
 // at.
 int capacity_for(int64_t n, int64_t w) {
@@ -181,14 +141,6 @@ int capacity_for(int64_t n, int64_t w) {
   return room < select::kMinCapacity   ? select::kMinCapacity
          : room > select::kMaxCapacity ? select::kMaxCapacity
                                        : room;
-}
-
-template <typename T>
-cudaError_t launch(const SelectScoresParams& params, int capacity, cudaStream_t stream) {
-  select_scores_kernel<T>
-      <<<static_cast<unsigned>(params.rows), kThreads, capacity * sizeof(select::Candidate), stream>>>(
-          params, capacity);
-  return cudaGetLastError();
 }
 
 }  // namespace
@@ -209,19 +161,19 @@ cudaError_t select_rows(const Call& call, const ScoreSlab& slab, const Selection
 }
 
 cudaError_t select_scores(const SelectScoresParams& params, cudaStream_t stream) {
-  if (params.rows == 0) return cudaSuccess;
-  if (params.rows > 0x7fffffff || params.n > 0x7fff0000) return cudaErrorInvalidValue;
-  const int capacity = capacity_for(params.n, params.topk < params.n ? params.topk : params.n);
-  switch (params.dtype) {
-    case DType::kFloat32:
-      return launch<float>(params, capacity, stream);
-    case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, capacity, stream);
-    case DType::kFloat16:
-      return launch<__half>(params, capacity, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  ScoreRows rows;
+  rows.dtype = params.dtype;
+  rows.scores = params.scores;
+  rows.row_stride = params.row_stride;
+  rows.rows = params.rows;
+  rows.n = params.n;
+  rows.lengths = params.lengths;
+  rows.budget.topk = params.topk;
+  rows.threshold = params.threshold;
+  rows.tie_index = params.tie_index;
+  rows.indices = params.indices;
+  rows.index_width = params.topk;
+  return select_long(rows, stream);
 }
 
 }  // namespace topk_attn::cuda

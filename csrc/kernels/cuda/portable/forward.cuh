@@ -53,6 +53,71 @@ __device__ __forceinline__ void mask_scores(float (&s)[N][4], uint32_t kept) {
   }
 }
 
+// Turns a block's masked scores into exponentials against the largest score so far; `out` and `sum` shrink
+// with it.
+template <int N, int kColumns>
+__device__ __forceinline__ void online_softmax(float (&s)[N][4], float (&out)[kColumns][4],
+                                               float (&largest)[2], float (&sum)[2], float scale) {
+  const float none = -__int_as_float(0x7f800000);
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float m = largest[h];
+#pragma unroll
+    for (int n = 0; n < N; ++n) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
+    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
+    m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
+    const float reference = m == none ? 0.0f : m * scale;
+    const float shrink = exp2_fast(largest[h] * scale - reference);
+    largest[h] = m;
+    float row_sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+#pragma unroll
+      for (int e = 2 * h; e < 2 * h + 2; ++e) {
+        s[n][e] = exp2_fast(fmaf(s[n][e], scale, -reference));
+        row_sum += s[n][e];
+      }
+    }
+    sum[h] = sum[h] * shrink + row_sum;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      out[n][2 * h] *= shrink;
+      out[n][2 * h + 1] *= shrink;
+    }
+  }
+}
+
+// Writes out and lse of 16 rows from tile row `row0`, the channels from `channel0`.
+template <typename T, int kColumns>
+__device__ __forceinline__ void write_rows(const ForwardCall& f, const Tile& t, int head, int row0,
+                                           int channel0, const float (&out)[kColumns][4],
+                                           const float (&largest)[2], float (&sum)[2]) {
+  const Call& c = f.call;
+  const int g = threadIdx.x % 32 / 4;
+  const int pair = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
+    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
+    const int row = row0 + g + 8 * h;
+    if (row >= t.rows) continue;
+    const float inverse = sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
+    if (pair == 0 && channel0 == 0) {
+      f.lse[row_index(c, t, head, t.row0 + row)] =
+          sum[h] == 0.0f ? -__int_as_float(0x7f800000) : largest[h] * c.softmax_scale + logf(sum[h]);
+    }
+    T* o = row_pointer<T>(f.out, t.batch, t.q_begin + t.row0 + row, head);
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      const int channel = channel0 + 8 * n + pair;
+      if (channel < c.v_dim) {
+        *reinterpret_cast<uint32_t*>(o + channel) =
+            sum[h] == 0.0f ? 0u : pack<T>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
+      }
+    }
+  }
+}
+
 template <typename T, int D, bool kGroup>
 __global__ void __launch_bounds__(Config<D>::kThreads, 2 / Config<D>::kSplit)
     forward_kernel(const __grid_constant__ ForwardCall f) {
@@ -75,7 +140,6 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 2 / Config<D>::kSplit)
   const int warp = threadIdx.x / 32 % 4;
   const int channel0 = threadIdx.x / 128 * C::kChannels;
   const int g = threadIdx.x % 32 / 4;
-  const int pair = threadIdx.x % 4 * 2;
   const int kv_head = unit.head / (c.heads / c.kv_heads);
   const T* q = row_pointer<const T>(c.q, t.batch, t.q_begin + t.row0, unit.head);
   const T* k = row_pointer<const T>(c.k, t.batch, t.k_begin, kv_head);
@@ -129,32 +193,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 2 / Config<D>::kSplit)
       } else {
         mask_scores(s, filter, key);
       }
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        float m = largest[h];
-#pragma unroll
-        for (int n = 0; n < N; ++n) m = fmaxf(m, fmaxf(s[n][2 * h], s[n][2 * h + 1]));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
-        m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        const float reference = m == none ? 0.0f : m * scale;
-        const float shrink = exp2_fast(largest[h] * scale - reference);
-        largest[h] = m;
-        float row_sum = 0.0f;
-#pragma unroll
-        for (int n = 0; n < N; ++n) {
-#pragma unroll
-          for (int e = 2 * h; e < 2 * h + 2; ++e) {
-            s[n][e] = exp2_fast(fmaf(s[n][e], scale, -reference));
-            row_sum += s[n][e];
-          }
-        }
-        sum[h] = sum[h] * shrink + row_sum;
-#pragma unroll
-        for (int n = 0; n < C::kChannels / 8; ++n) {
-          out[n][2 * h] *= shrink;
-          out[n][2 * h + 1] *= shrink;
-        }
-      }
+      online_softmax(s, out, largest, sum, scale);
       uint32_t p[N / 2][4];
       as_operand<T, N>(p, s);
       multiply_rows<T, D, N, C::kChannels / 8>(out, p, k_tile + kKeyBytes, 0, channel0);
@@ -163,27 +202,7 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 2 / Config<D>::kSplit)
     copy_wait<0>();
   }
 
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 1);
-    sum[h] += __shfl_xor_sync(0xffffffffu, sum[h], 2);
-    const int row = 16 * warp + g + 8 * h;
-    if (row >= t.rows) continue;
-    const float inverse = sum[h] == 0.0f ? 0.0f : 1.0f / sum[h];
-    if (pair == 0 && channel0 == 0) {
-      f.lse[row_index(c, t, unit.head, t.row0 + row)] =
-          sum[h] == 0.0f ? none : largest[h] * c.softmax_scale + logf(sum[h]);
-    }
-    T* o = row_pointer<T>(f.out, t.batch, t.q_begin + t.row0 + row, unit.head);
-#pragma unroll
-    for (int n = 0; n < C::kChannels / 8; ++n) {
-      const int channel = channel0 + 8 * n + pair;
-      if (channel < c.v_dim) {
-        *reinterpret_cast<uint32_t*>(o + channel) =
-            sum[h] == 0.0f ? 0u : pack<T>(out[n][2 * h] * inverse, out[n][2 * h + 1] * inverse);
-      }
-    }
-  }
+  write_rows<T>(f, t, unit.head, 16 * warp, channel0, out, largest, sum);
 }
 
 // Scores of one unit against kSlabKeys keys, written row-major.

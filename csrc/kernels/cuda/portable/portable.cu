@@ -23,6 +23,10 @@ bool supports(const Call& c, bool attend) {
   return built_dtype(c.dtype) && (attend ? instance_dim(c) : padded_head_dim(c.head_dim)) != 0;
 }
 
+bool supports_gathered(const Call& c) {
+  return supports(c, true) && !c.kv_group && instance_dim(c) <= 128;
+}
+
 cudaError_t scores(const Call& c, int64_t first, int64_t units, float* slab, int64_t ld,
                    cudaStream_t stream) {
   return with_instance(c.dtype, padded_head_dim(c.head_dim), [&]<typename T, int D>() {
@@ -31,6 +35,13 @@ cudaError_t scores(const Call& c, int64_t first, int64_t units, float* slab, int
 }
 
 cudaError_t forward(const ForwardCall& f, cudaStream_t stream) {
+  if (f.regimes.union_size != nullptr) {
+    if (!supports_gathered(f.call)) return cudaErrorNotSupported;
+    const cudaError_t error =
+        with_instance<128>(f.call.dtype, instance_dim(f.call),
+                           [&]<typename T, int D>() { return run_forward_gathered<T, D>(f, stream); });
+    if (error != cudaSuccess) return error;
+  }
   return with_instance(f.call.dtype, instance_dim(f.call), [&]<typename T, int D>() {
     if (!f.call.kv_group) return run_forward<T, D, false>(f, stream);
     if constexpr (D >= kSmallestGroupDim) return run_forward<T, D, true>(f, stream);
@@ -40,12 +51,17 @@ cudaError_t forward(const ForwardCall& f, cudaStream_t stream) {
 
 cudaError_t backward(const BackwardCall& f, const int2* key_tiles, int32_t num_key_tiles,
                      cudaStream_t stream) {
-  return with_instance(f.call.dtype, instance_dim(f.call), [&]<typename T, int D>() {
+  const bool gather = f.regimes.union_size != nullptr;
+  if (gather && !supports_gathered(f.call)) return cudaErrorNotSupported;
+  const cudaError_t error = with_instance(f.call.dtype, instance_dim(f.call), [&]<typename T, int D>() {
     if (!f.call.kv_group) return run_backward<T, D, false>(f, key_tiles, num_key_tiles, stream);
     if constexpr (D >= kSmallestGroupDim)
       return run_backward<T, D, true>(f, key_tiles, num_key_tiles, stream);
     return cudaErrorNotSupported;
   });
+  if (error != cudaSuccess || !gather) return error;
+  return with_instance<128>(f.call.dtype, instance_dim(f.call),
+                            [&]<typename T, int D>() { return run_backward_gathered<T, D>(f, stream); });
 }
 
 }  // namespace topk_attn::cuda::portable

@@ -85,7 +85,9 @@ __device__ __forceinline__ void gradient_product(float (&c)[D / 2], const uint32
 }
 
 // Turns transposed scores into probabilities, 0 where a row does not keep the key. `rows` = the stage's row
-// values from the thread's first column on, `key` = the thread's first key (the second is 8 on).
+// values from the thread's first column on, `key` = the thread's first key (the second is 8 on). A NaN score
+// counts as dropped: where a row keeps one its lse is NaN, and that makes P NaN; in a row beyond the tile
+// (zeros times an infinite key) P must be 0.
 template <int D>
 __device__ __forceinline__ void probabilities(float (&s)[32], const float* rows, Test test, float scale,
                                               int key) {
@@ -99,7 +101,7 @@ __device__ __forceinline__ void probabilities(float (&s)[32], const float* rows,
       const float2 bound = pair(Shape::kBound, j);
 #pragma unroll
       for (int i = 4 * j; i < 4 * j + 4; ++i)
-        s[i] = s[i] < (i & 1 ? bound.y : bound.x) ? minus_infinity() : s[i];
+        s[i] = s[i] >= (i & 1 ? bound.y : bound.x) ? s[i] : minus_infinity();
     }
   } else if (test == Test::kEdge) {
 #pragma unroll
@@ -112,7 +114,7 @@ __device__ __forceinline__ void probabilities(float (&s)[32], const float* rows,
         const bool to_tie = own <= __float_as_int(i & 1 ? tie.y : tie.x);
         const float bound = to_tie ? (i & 1 ? threshold.y : threshold.x) : (i & 1 ? above.y : above.x);
         const bool hidden = own >= __float_as_int(i & 1 ? seen.y : seen.x);
-        s[i] = hidden || s[i] < bound ? minus_infinity() : s[i];
+        s[i] = !hidden && s[i] >= bound ? s[i] : minus_infinity();
       }
     }
   } else {
@@ -123,7 +125,8 @@ __device__ __forceinline__ void probabilities(float (&s)[32], const float* rows,
                         __float_as_int(row[Shape::kSeen * kTileRows]),
                         __float_as_int(row[Shape::kSinks * kTileRows]),
                         __float_as_int(row[Shape::kRecents * kTileRows])};
-      s[i] = f.keeps(s[i], key + (i & 2) * 4) ? s[i] : minus_infinity();
+      const bool kept = s[i] == s[i] && f.keeps(s[i], key + (i & 2) * 4);
+      s[i] = kept ? s[i] : minus_infinity();
     }
   }
 #pragma unroll

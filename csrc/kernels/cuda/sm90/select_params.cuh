@@ -16,11 +16,15 @@ inline constexpr int kBlockKeys = 128;
 
 // Zeroed before every call.
 struct SelectCounters {
-  int32_t next_item;
-  int32_t repairs;   // of repair_list
-  int32_t rebuilds;  // of rebuild_list
-  int32_t pad;
+  int32_t next_item;        // of the sweep
+  int32_t next_count_item;  // of the counting pass
+  int32_t repairs;          // of repair_list
+  int32_t rebuilds;         // of rebuild_list
 };
+
+// Values of SelectParams::mark_count beyond any count: what is still to be done with a tile.
+inline constexpr int32_t kToSweep = 0x7fffffff;  // the sweep takes it
+inline constexpr int32_t kToCount = 0x7ffffffe;  // the counting pass takes it and then decides
 
 struct SelectParams {
   Call call;
@@ -28,10 +32,14 @@ struct SelectParams {
   int32_t group;         // query heads of a KV head
   int32_t items_per_kv;  // items of one KV head
   int32_t items;
-  int32_t sample_step;  // one key in this many is sampled
-  float margin;         // half width of the bracket in standard deviations of the sampled rank
-  int32_t capacity;     // candidates that one lane may keep for one row
+  int32_t sample_step;    // one key in this many is sampled
+  float margin;           // half width of the bracket in standard deviations of the sampled rank
+  int32_t capacity;       // candidates that one lane may keep for one row
+  bool count_all;         // every tile is counted, not only those that look clustered
+  float clustered_share;  // of its sampled keys marked: a tile looks clustered up to here
+  float settled_share;    // of its keys marked: a tile is settled up to here, swept beyond
   SelectCounters* counters;
+  int32_t* mark_count;    // heads x num_tiles: marked keys, or kToSweep, kToCount; null: sweep every tile
   uint64_t* unsettled;    // heads x num_tiles: rows that the certificate refused
   uint32_t* rebuild;      // heads x num_tiles: nonzero: the bitmap holds keys that no row keeps
   int32_t* repair_list;   // entries (head * num_tiles + tile) with unsettled rows, in any order
@@ -63,10 +71,31 @@ __device__ inline Tile tile_of(const Call& c, const Slot& s) {
   return s.tile < 0 ? Tile{} : tile_at(c, s.tile);
 }
 
+// Whether the tile of a slot is settled from its marks: the sweep then leaves it alone.
+__device__ inline bool is_settled(const SelectParams& p, int64_t entry, int seen) {
+  return p.mark_count != nullptr && static_cast<float>(p.mark_count[entry]) <= p.settled_share * seen;
+}
+
+// Slots of an item, as bits, that the counting pass (kCount) or the sweep works for.
+template <bool kCount>
+__device__ inline uint32_t slots_of(const SelectParams& p, int item) {
+  if (!kCount && p.mark_count == nullptr) return (1u << kItemSlots) - 1;
+  uint32_t slots = 0;
+  for (int i = 0; i < kItemSlots; ++i) {
+    const Slot s = slot_at(p, item, i);
+    if (s.tile < 0) continue;
+    const int64_t entry = int64_t{s.head} * p.call.num_tiles + s.tile;
+    const bool mine = kCount ? __ldcg(p.mark_count + entry) == kToCount
+                             : !is_settled(p, entry, seen_end(p.call, tile_at(p.call, s.tile)));
+    if (mine) slots |= 1u << i;
+  }
+  return slots;
+}
+
 // Slots [first, end) of an item that lie in one sequence: the part of an item that reads the same keys.
 struct Segment {
   int32_t end;
-  int32_t blocks;  // blocks of kBlockKeys keys that cover what any of their rows sees
+  int32_t blocks;  // blocks of kBlockKeys keys that cover what any of their rows sees, of slots worked for
   int32_t k_begin;
   int32_t batch;
 };
@@ -76,7 +105,7 @@ __device__ inline int sequence_of(const Call& c, int tile) {
   return c.tiles != nullptr ? c.tiles[tile].x : tile / ((c.tq + kTileRows - 1) / kTileRows);
 }
 
-__device__ inline Segment segment_at(const SelectParams& p, int item, int first) {
+__device__ inline Segment segment_at(const SelectParams& p, int item, int first, uint32_t slots) {
   const Call& c = p.call;
   Segment s{first, 0, 0, 0};
   const int sequence = sequence_of(c, slot_at(p, item, first).tile);
@@ -84,7 +113,9 @@ __device__ inline Segment segment_at(const SelectParams& p, int item, int first)
     const Slot slot = slot_at(p, item, s.end);
     if (sequence_of(c, slot.tile) != sequence) break;
     const Tile t = tile_of(c, slot);
-    s.blocks = max(s.blocks, (seen_end(c, t) + kBlockKeys - 1) / kBlockKeys);
+    if ((slots >> s.end & 1) != 0) {
+      s.blocks = max(s.blocks, (seen_end(c, t) + kBlockKeys - 1) / kBlockKeys);
+    }
     s.k_begin = t.k_begin;
     s.batch = t.batch;
     ++s.end;

@@ -1,33 +1,29 @@
 // Main step of the fused selection: one Q K^T pass over all keys that keeps, per row, the scores inside its
 // bracket (lo, hi] and counts those above it; then the exact pick.
 //
-// A cluster of two CTAs takes an item of four (tile, head) slots that read the same keys; each CTA loads half
-// of every key block and multicasts it to both, which halves the traffic out of L2 (it would bound the pass).
-// In a CTA:
+// A cluster of two CTAs takes an item of four (tile, head) slots (select_cluster.cuh). In a CTA:
 // - two product warpgroups, 64 rows each, Q in registers, take turns on the tensor cores. Behind its product,
-// a
-//   warp compares its scores with lo and stores those above into fixed slots of shared memory, with a bit
-//   mask: three instructions per score, no pointers.
+//   a warp compares its scores with the bracket: those inside go into fixed slots of shared memory, with a
+//   bit mask, those above into another mask: five instructions per score, no pointers. Where the bracket
+//   holds most of the keys above lo (kFewInside = false) it compares with lo alone, in three.
 // - one drain warp per product warp walks the masks while the next product runs: scores above hi become one
-// bit in
-//   the tile's bitmap and a count, the others go to the candidate buffer of their lane.
+//   bit in the tile's bitmap and a count, those inside go to the candidate buffer of their lane.
 // - one producer warp feeds the pipeline of key blocks.
 // At the end of an item all sixteen warps pick (select_pick.cuh). A row is settled only if its counts prove
 // it: keys above hi < W <= keys above hi + candidates, and no buffer overflowed.
 #pragma once
 
-#include "select_params.cuh"
+#include "select_cluster.cuh"
 #include "select_pick.cuh"
 
 namespace topk_attn::cuda::sm90 {
 
 inline constexpr int kSweepThreads = 256 + 256 + 128;  // the producer is one thread of a warpgroup
-inline constexpr int kCtaRows = 2 * kTileRows;
 inline constexpr int kSlotBuffers = 2;
 inline constexpr int kSlotBytes = 64 * 32 * 4;  // of one warp and buffer: slot-major, then lane
-inline constexpr int kMaskBytes = 32 * 8;
-inline constexpr int kDrainWidth = 4;  // scores of a row that a drain lane has in flight
-inline constexpr int kHalfKeys = 64;   // keys of one stage
+inline constexpr int kMaskBytes = 32 * 16;
+template <bool kFewInside>
+inline constexpr int kDrainWidth = kFewInside ? 2 : 4;  // scores of a row that a drain lane has in flight
 // Lists of 32 candidates that a warp picks from: few registers, more, most.
 inline constexpr int kShortLists = 16;
 inline constexpr int kMiddleLists = 24;
@@ -35,14 +31,10 @@ inline constexpr int kListBytes = kShortLists * 32 * 8;  // staged candidates of
 inline constexpr int kLongLists = 62;
 inline constexpr int kMaxCapacity = kLongLists * 8;
 
-// Named barriers.
-enum Barrier : int { kTurn0 = 1, kTurn1 = 2, kPick = 3 };
-
 template <int D>
 struct SweepShared {
   static constexpr int kStages = D == 128 ? 5 : 8;
-  static constexpr int kStageBytes = kHalfKeys * D * 2;
-  static constexpr int kSlots = kStages * kStageBytes;
+  static constexpr int kSlots = kStages * kHalfKeys * D * 2;
   static constexpr int kMasks = kSlots + 8 * kSlotBuffers * kSlotBytes;
   static constexpr int kCounts = kMasks + 8 * kSlotBuffers * kMaskBytes;  // int4 per row
   static constexpr int kAbove = kCounts + kCtaRows * 16;                  // int per row
@@ -50,129 +42,111 @@ struct SweepShared {
   static constexpr int kBarriers = kTasks + kCtaRows * 16;  // stage full, stage empty, slot full, slot empty
   static constexpr int kState = kBarriers + (2 * kStages + 4 * 8) * 8;
   static constexpr int kBytes = kState + 64;
+  using Keys = KeyRing<D, kStages, kBarriers>;
   // The pick: bits of two tiles lie where the stages were, candidates where the slots were.
   static constexpr int kBitmapWords = kSlots / 4 / 2;
 };
 
-// What the pick needs to know of a row.
+// What the pick needs to know of a row, and, while the item is swept, how many keys it sees.
 struct RowTask {
   int64_t at;    // its place in threshold and tie_index
   int32_t kept;  // W; negative: no such row
-  int32_t pad;
+  int32_t seen;
 };
 
 // Of one CTA, in shared memory.
 struct SweepState {
   int32_t next_item;
-  int32_t pad;
+  uint32_t worked;    // slots that the item is swept for
   uint2* candidates;  // SelectParams::candidates; 8 bytes from the begin
   uint64_t unsettled[2];
   uint32_t rebuild[2];
 };
 
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Address of a shared variable of CTA `rank` of the cluster.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t rank) {
-  uint32_t address;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
-  return address;
-}
-// Of the default scope: what it tells the other CTA is that wgmma has read a stage, for which no write needs
-// to be made visible (with cluster scope it would wait for all outstanding stores).
-__device__ __forceinline__ void cluster_barrier_arrive(uint32_t address) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
-__device__ __forceinline__ void cluster_store(uint32_t address, int32_t value) {
-  asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-// tma_load into both CTAs, at the same place, counted by the same barrier of each.
-__device__ __forceinline__ void tma_load_both(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
-                                              int c, int token, int head, int batch) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared),
-      "l"(map), "r"(barrier), "r"(c), "r"(token), "r"(head), "r"(batch), "h"(static_cast<uint16_t>(3))
-      : "memory");
-}
+// Which of 32 keys of a row are above the bracket, and which are inside it, in halves of 16 keys.
+struct GateMasks {
+  FloatBits above[2];
+  FloatBits inside[2];
+};
 
-// A score at or above `bound`, or NaN: stored, and its bit set.
-template <int kOffset, uint32_t kBit>
-__device__ __forceinline__ void gate(uint32_t& mask, uint32_t slots, float score, float bound) {
+// A score above hi: its bit in `above`. Otherwise, at or above lo, or NaN: stored, and its bit in `inside`.
+template <int kHalf, int kBit, int kOffset>
+__device__ __forceinline__ void gate(GateMasks& masks, uint32_t slots, float score, float lo, float hi) {
   asm volatile(
-      "{\n.reg .pred p;\n"
-      "setp.geu.f32 p, %2, %3;\n"
-      "@p st.shared.f32 [%1 + %4], %2;\n"
-      "@p or.b32 %0, %0, %5;\n}"
-      : "+r"(mask)
-      : "r"(slots), "f"(score), "f"(bound), "n"(kOffset), "n"(kBit)
+      "{\n.reg .pred p, q;\n"
+      "setp.gt.f32 p, %3, %5;\n"
+      "@p add.f32 %0, %0, %7;\n"
+      "setp.geu.and.f32 q, %3, %4, !p;\n"
+      "@q st.shared.f32 [%2 + %6], %3;\n"
+      "@q add.f32 %1, %1, %7;\n}"
+      : "+f"(masks.above[kHalf].sum), "+f"(masks.inside[kHalf].sum)
+      : "r"(slots), "f"(score), "f"(lo), "f"(hi), "n"(kOffset), "f"(FloatBits::value(kBit))
       : "memory");
 }
 
 // Scores I .. 31 of half kHalf: see wgmma() for which is which.
 template <int kHalf, int I = 0>
-__device__ __forceinline__ void gate_half(uint32_t& mask0, uint32_t& mask1, uint32_t slots,
-                                          const float (&scores)[32], float lo0, float lo1) {
+__device__ __forceinline__ void gate_half(GateMasks (&masks)[2], uint32_t slots, const float (&scores)[32],
+                                          const float (&lo)[2], const float (&hi)[2]) {
+  if constexpr (I < 32) {
+    constexpr int kBit = 2 * (I / 4) + (I & 1);
+    constexpr int kUpper = I >> 1 & 1;
+    gate<kHalf, kBit, (32 * kUpper + 16 * kHalf + kBit) * 128>(masks[kUpper], slots, scores[I], lo[kUpper],
+                                                               hi[kUpper]);
+    gate_half<kHalf, I + 1>(masks, slots, scores, lo, hi);
+  }
+}
+
+// The gate for brackets that hold most of the keys above lo: these are all stored, the drain warps tell which
+// are above hi. Three instructions a score.
+template <int kHalf, int I = 0>
+__device__ __forceinline__ void gate_low_half(uint32_t (&masks)[2], uint32_t slots, const float (&scores)[32],
+                                              const float (&lo)[2]) {
   if constexpr (I < 32) {
     constexpr int kBit = 16 * kHalf + 2 * (I / 4) + (I & 1);
     constexpr int kUpper = I >> 1 & 1;
-    gate<(32 * kUpper + kBit) * 128, 1u << kBit>(kUpper != 0 ? mask1 : mask0, slots, scores[I],
-                                                 kUpper != 0 ? lo1 : lo0);
-    gate_half<kHalf, I + 1>(mask0, mask1, slots, scores, lo0, lo1);
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.geu.f32 p, %2, %3;\n"
+        "@p st.shared.f32 [%1 + %4], %2;\n"
+        "@p or.b32 %0, %0, %5;\n}"
+        : "+r"(masks[kUpper])
+        : "r"(slots), "f"(scores[I]), "f"(lo[kUpper]), "n"((32 * kUpper + kBit) * 128), "n"(1u << kBit)
+        : "memory");
+    gate_low_half<kHalf, I + 1>(masks, slots, scores, lo);
   }
 }
 
-template <typename T, int D>
-__device__ __forceinline__ void product_half(float (&scores)[32], const uint32_t (&q)[D / 4],
-                                             uint32_t stage) {
-  const uint64_t keys = k_major(stage);
-#pragma unroll
-  for (int k = 0; k < D / 16; ++k) {
-    wgmma<T>(scores, q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3], keys + k_step(k, kHalfKeys), k > 0);
-  }
-}
-
-// Position in a ring of `kSize` buffers, and the parity of its barriers.
-template <int kSize>
-struct Ring {
-  int32_t index = 0;
-  uint32_t parity = 0;
-  __device__ void advance() {
-    if (++index == kSize) index = 0, parity ^= 1;
-  }
-};
-
-template <typename T, int D>
+// kFewInside: for brackets that the counting pass has narrowed, which hold few of the keys above lo.
+template <typename T, int D, bool kFewInside>
 struct Sweep {
+  static constexpr int kWidth = kDrainWidth<kFewInside>;
   using Shared = SweepShared<D>;
   const SelectParams& p;
   uint8_t* memory;  // shared, 1,024-byte aligned
   uint32_t shared;  // its address
   uint32_t rank;    // of this CTA in its cluster
 
-  __device__ uint32_t stage(int i) const { return shared + i * Shared::kStageBytes; }
-  __device__ uint32_t stage_full(int i) const { return shared + Shared::kBarriers + 8 * i; }
-  __device__ uint32_t stage_empty(int i) const { return stage_full(Shared::kStages + i); }
+  __device__ typename Shared::Keys keys() const { return {shared}; }
   __device__ uint32_t slot_full(int warp, int buffer) const {
-    return stage_full(2 * Shared::kStages + warp * kSlotBuffers + buffer);
+    return shared + Shared::kBarriers + 8 * (2 * Shared::kStages + warp * kSlotBuffers + buffer);
   }
   __device__ uint32_t slot_empty(int warp, int buffer) const { return slot_full(8 + warp, buffer); }
   __device__ uint32_t slots(int warp, int buffer) const {
     return shared + Shared::kSlots + (warp * kSlotBuffers + buffer) * kSlotBytes;
   }
-  __device__ uint2* masks(int warp, int buffer) const {
-    return reinterpret_cast<uint2*>(memory + Shared::kMasks + (warp * kSlotBuffers + buffer) * kMaskBytes);
+  // Of one lane: the rows' keys above the bracket (x, y) and inside it (z, w).
+  __device__ uint4* masks(int warp, int buffer) const {
+    return reinterpret_cast<uint4*>(memory + Shared::kMasks + (warp * kSlotBuffers + buffer) * kMaskBytes);
   }
   __device__ SweepState& state() const { return *reinterpret_cast<SweepState*>(memory + Shared::kState); }
   __device__ RowTask* tasks() const { return reinterpret_cast<RowTask*>(memory + Shared::kTasks); }
   __device__ uint2* candidates(int row) const {
     return p.candidates + (int64_t{static_cast<int>(blockIdx.x)} * kCtaRows + row) * (4 * p.capacity);
+  }
+  // Without rows where the item is not swept for this slot.
+  __device__ Tile worked_tile(int index, const Slot& s) const {
+    return (state().worked >> index & 1) != 0 ? tile_of(p.call, s) : Tile{};
   }
   __device__ uint32_t* bitmap_of(const Slot& s) const {
     return p.out.bitmap + (int64_t{s.head} * p.call.num_tiles + s.tile) * bitmap_words(p.call);
@@ -185,37 +159,24 @@ struct Sweep {
     return state().next_item;
   }
 
+  // All threads of the cluster, once they know the item: makes known which of its slots are swept. False:
+  // none.
+  __device__ bool choose_slots(int item) const {
+    if (threadIdx.x == 0) state().worked = slots_of<false>(p, item);
+    cluster_sync();
+    return state().worked != 0;
+  }
+
   // ---- producer ----
 
   __device__ void produce(const CUtensorMap* key_map) {
     const bool leader = threadIdx.x == 512;
     Ring<Shared::kStages> ring;
     for (int item = next_item(); item < p.items; item = next_item()) {
-      cluster_sync();  // every thread has read next_item
+      choose_slots(item);
       if (leader) {
-        if (rank == 0) {
-          const int next = atomicAdd(&p.counters->next_item, 1) + static_cast<int>(gridDim.x) / 2;
-          const uint32_t address = shared + Shared::kState;
-          cluster_store(cluster_address(address, 0), next);
-          cluster_store(cluster_address(address, 1), next);
-        }
-        const int kv_head = item / p.items_per_kv;
-        for (int first = 0; first < kItemSlots;) {
-          const Segment s = segment_at(p, item, first);
-          for (int half = 0; half < 2 * s.blocks; ++half) {
-            // Both CTAs have read what the stage held; their copies land in both.
-            barrier_wait(stage_empty(ring.index), ring.parity ^ 1);
-            barrier_expect(stage_full(ring.index), Shared::kStageBytes);
-            for (int part = 0; part < D / 64; ++part) {
-              tma_load_both(stage(ring.index) + part * kHalfKeys * 128 + rank * (kHalfKeys / 2) * 128,
-                            key_map, stage_full(ring.index), part * 64,
-                            s.k_begin + half * kHalfKeys + static_cast<int>(rank) * (kHalfKeys / 2), kv_head,
-                            s.batch);
-            }
-            ring.advance();
-          }
-          first = s.end;
-        }
+        if (rank == 0) fetch_item(&p.counters->next_item, shared + Shared::kState);
+        keys().load_item(ring, p, key_map, item, shared + Shared::kState + 4);
       }
       __syncwarp();
     }
@@ -223,69 +184,92 @@ struct Sweep {
 
   // ---- product warps ----
 
-  // Lane `rank` of the first two tells CTA `rank` that this warp has read the stage.
-  __device__ void release(int index) const {
-    const uint32_t lane = threadIdx.x % 32;
-    if (lane < 2) cluster_barrier_arrive(cluster_address(stage_empty(index), lane));
-  }
-
   __device__ void multiply() {
     const int warp = threadIdx.x / 32;  // 0..7
     const int group = warp / 4;
     const int lane = threadIdx.x % 32;
     const int row = warp % 4 * 16 + lane / 4;
+    const auto keys = this->keys();
     Ring<Shared::kStages> ring;
     Ring<kSlotBuffers> buffer;
     if (group == 1) named_barrier_arrive(kTurn0, 256);
     for (int item = next_item(); item < p.items; item = next_item()) {
-      cluster_sync();
+      if (!choose_slots(item)) continue;
       const int index = 2 * static_cast<int>(rank) + group;
       const Slot slot = slot_at(p, item, index);
-      const Tile t = tile_of(p.call, slot);
+      const Tile t = worked_tile(index, slot);
       uint32_t q[D / 4];
       load_query<T, D>(q, p.call, t, slot.head);
       float lo[2] = {0.0f, 0.0f};
-      int seen[2] = {0, 0};
+      [[maybe_unused]] float hi[2] = {0.0f, 0.0f};
+      int least_seen = INT32_MAX;
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
+        int seen = 0;
         if (row + 8 * upper < t.rows) {
           const int i = t.row0 + row + 8 * upper;
-          lo[upper] = __ldcg(p.out.threshold + row_index(p.call, t, slot.head, i));
-          seen[upper] = static_cast<int>(visible(i, t.tq, t.tk, p.call.causal).end);
+          const int64_t at = row_index(p.call, t, slot.head, i);
+          lo[upper] = __ldcg(p.out.threshold + at);
+          if constexpr (kFewInside) hi[upper] = __int_as_float(__ldcg(p.out.tie_index + at));
+          seen = static_cast<int>(visible(i, t.tq, t.tk, p.call.causal).end);
         }
+        least_seen = min(least_seen, seen);
+        tasks()[group * kTileRows + row + 8 * upper].seen = seen;
       }
+      __syncwarp();
       for (int first = 0; first < kItemSlots;) {
-        const Segment s = segment_at(p, item, first);
+        const Segment s = segment_at(p, item, first, state().worked);
         const bool mine = index >= first && index < s.end;
         first = s.end;
         for (int block = 0; block < s.blocks; ++block) {
           float scores0[32], scores1[32];
           const int stage0 = ring.index;
           named_barrier_sync(group == 0 ? kTurn0 : kTurn1, 256);
-          barrier_wait(stage_full(stage0), ring.parity);
+          barrier_wait(keys.full(stage0), ring.parity);
           wgmma_fence();
-          product_half<T, D>(scores0, q, stage(stage0));
+          product_half<T, D>(scores0, q, keys.stage(stage0));
+          if constexpr (kFewInside) wgmma_commit();
           ring.advance();
           const int stage1 = ring.index;
-          barrier_wait(stage_full(stage1), ring.parity);
-          product_half<T, D>(scores1, q, stage(stage1));
+          barrier_wait(keys.full(stage1), ring.parity);
+          product_half<T, D>(scores1, q, keys.stage(stage1));
           wgmma_commit();
           ring.advance();
           named_barrier_arrive(group == 0 ? kTurn1 : kTurn0, 256);
           barrier_wait(slot_empty(warp, buffer.index), buffer.parity ^ 1);
-          wgmma_wait<0>();
-          release(stage0);
-          release(stage1);
-          const uint32_t to = slots(warp, buffer.index) + lane * 4;
-          uint32_t mask0 = 0, mask1 = 0;
-          gate_half<0>(mask0, mask1, to, scores0, lo[0], lo[1]);
-          gate_half<1>(mask0, mask1, to, scores1, lo[0], lo[1]);
-          const int key = block * kBlockKeys;
-          if (!mine || min(seen[0], seen[1]) < key + kBlockKeys) {
-            mask0 &= mine ? visible_mask(seen[0] - key, lane % 4) : 0;
-            mask1 &= mine ? visible_mask(seen[1] - key, lane % 4) : 0;
+          const uint32_t to = this->slots(warp, buffer.index) + lane * 4;
+          uint32_t above[2] = {0, 0}, inside[2] = {0, 0};
+          if constexpr (kFewInside) {
+            GateMasks masks[2];
+            wgmma_wait<1>();
+            keys.release(stage0);
+            gate_half<0>(masks, to, scores0, lo, hi);
+            wgmma_wait<0>();
+            keys.release(stage1);
+            gate_half<1>(masks, to, scores1, lo, hi);
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+              above[upper] = join_bits(masks[upper].above[0], masks[upper].above[1]);
+              inside[upper] = join_bits(masks[upper].inside[0], masks[upper].inside[1]);
+            }
+          } else {
+            wgmma_wait<0>();
+            keys.release(stage0);
+            keys.release(stage1);
+            gate_low_half<0>(inside, to, scores0, lo);
+            gate_low_half<1>(inside, to, scores1, lo);
           }
-          masks(warp, buffer.index)[lane] = make_uint2(mask0, mask1);
+          const int key = block * kBlockKeys;
+          if (!mine || least_seen < key + kBlockKeys) {
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {
+              const int seen = tasks()[group * kTileRows + row + 8 * upper].seen;
+              const uint32_t sees = mine ? visible_mask(seen - key, lane % 4) : 0;
+              if constexpr (kFewInside) above[upper] &= sees;
+              inside[upper] &= sees;
+            }
+          }
+          this->masks(warp, buffer.index)[lane] = make_uint4(above[0], above[1], inside[0], inside[1]);
           __syncwarp();
           if (lane == 0) barrier_arrive(slot_full(warp, buffer.index));
           buffer.advance();
@@ -305,34 +289,35 @@ struct Sweep {
     float hi;
   };
 
-  // Takes up to kDrainWidth bits off a mask and loads their scores.
-  __device__ static __forceinline__ void drain_load(uint32_t& mask, uint32_t (&bit)[kDrainWidth],
-                                                    int (&index)[kDrainWidth], float (&score)[kDrainWidth],
+  // Takes up to kWidth bits off a mask and loads their scores.
+  __device__ static __forceinline__ void drain_load(uint32_t& mask, uint32_t (&bit)[kWidth],
+                                                    int (&index)[kWidth], float (&score)[kWidth],
                                                     uint32_t from) {
 #pragma unroll
-    for (int i = 0; i < kDrainWidth; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       bit[i] = mask & -mask;
       mask ^= bit[i];
-      index[i] =
-          31 - __clz(static_cast<int>(bit[i]));  // -1 once the mask is used up: what is loaded is not used
+      index[i] = 31 - __clz(static_cast<int>(bit[i] | 1));  // 0 once the mask is used up: read, not used
     }
 #pragma unroll
-    for (int i = 0; i < kDrainWidth; ++i) {
+    for (int i = 0; i < kWidth; ++i) {
       asm volatile("ld.shared.f32 %0, [%1];" : "=f"(score[i]) : "r"(from + index[i] * 128) : "memory");
     }
   }
 
-  // Scores above the bracket into `hits`, the others onto the row's list. Without branches.
-  __device__ __forceinline__ void drain_store(DrainRow& row, uint32_t& hits,
-                                              const uint32_t (&bit)[kDrainWidth],
-                                              const int (&index)[kDrainWidth],
-                                              const float (&score)[kDrainWidth], int code,
-                                              uint8_t* base) const {
+  // Scores onto the row's list, unless they are above the bracket: then into `hits`. Without branches.
+  __device__ static __forceinline__ void drain_store(DrainRow& row, uint32_t& hits,
+                                                     const uint32_t (&bit)[kWidth],
+                                                     const int (&index)[kWidth], const float (&score)[kWidth],
+                                                     int code, uint8_t* base) {
 #pragma unroll
-    for (int i = 0; i < kDrainWidth; ++i) {
-      const bool hit = score[i] > row.hi;
-      hits |= hit ? bit[i] : 0;
-      const bool keep = bit[i] != 0 && !hit;
+    for (int i = 0; i < kWidth; ++i) {
+      bool keep = bit[i] != 0;
+      if constexpr (!kFewInside) {
+        const bool hit = score[i] > row.hi;
+        hits |= hit ? bit[i] : 0;
+        keep = keep && !hit;
+      }
       if (keep && row.to < row.end) {
         *reinterpret_cast<uint2*>(base + row.to) = make_uint2(__float_as_uint(score[i]), code + index[i]);
       }
@@ -351,49 +336,49 @@ struct Sweep {
     asm volatile("ld.shared.u64 %0, [%1];" : "=l"(base) : "r"(shared + Shared::kState + 8) : "memory");
     Ring<kSlotBuffers> buffer;
     for (int item = next_item(); item < p.items; item = next_item()) {
-      cluster_sync();
-      const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + warp / 4);
-      const Tile t = tile_of(p.call, slot);
+      if (!choose_slots(item)) continue;
+      const int index = 2 * static_cast<int>(rank) + warp / 4;
+      const Slot slot = slot_at(p, item, index);
+      const Tile t = worked_tile(index, slot);
       DrainRow rows[2];
       uint32_t begin[2];
 #pragma unroll
       for (int upper = 0; upper < 2; ++upper) {
-        const int i = row % 64 + 8 * upper;
         rows[upper].to = begin[upper] =
             static_cast<uint32_t>(reinterpret_cast<uint8_t*>(candidates(row + 8 * upper) + lane % 4) - base);
         rows[upper].end = rows[upper].to + 32 * p.capacity;
         rows[upper].above = 0;
         rows[upper].hi = 0.0f;
-        if (i < t.rows) {
+        const int i = row % 64 + 8 * upper;
+        if (!kFewInside && i < t.rows) {
           rows[upper].hi =
               __int_as_float(__ldcg(p.out.tie_index + row_index(p.call, t, slot.head, t.row0 + i)));
         }
       }
       uint32_t* const words = bitmap && t.rows > 0 ? bitmap_of(slot) : nullptr;
       for (int first = 0; first < kItemSlots;) {
-        const Segment s = segment_at(p, item, first);
+        const Segment s = segment_at(p, item, first, state().worked);
         first = s.end;
         for (int block = 0; block < s.blocks; ++block) {
           barrier_wait(slot_full(warp, buffer.index), buffer.parity);
-          uint2 mask = masks(warp, buffer.index)[lane];
+          uint4 mask = masks(warp, buffer.index)[lane];
           const uint32_t from = slots(warp, buffer.index) + lane * 4;
-          uint2 hits = make_uint2(0, 0);
-          while (__any_sync(~0u, (mask.x | mask.y) != 0)) {
-            uint32_t bit0[kDrainWidth], bit1[kDrainWidth];
-            int index0[kDrainWidth], index1[kDrainWidth];
-            float score0[kDrainWidth], score1[kDrainWidth];
-            drain_load(mask.x, bit0, index0, score0, from);
-            drain_load(mask.y, bit1, index1, score1, from + 32 * 128);
+          while (__any_sync(~0u, (mask.z | mask.w) != 0)) {
+            uint32_t bit0[kWidth], bit1[kWidth];
+            int index0[kWidth], index1[kWidth];
+            float score0[kWidth], score1[kWidth];
+            drain_load(mask.z, bit0, index0, score0, from);
+            drain_load(mask.w, bit1, index1, score1, from + 32 * 128);
             __syncwarp();  // keeps all loads ahead of all stores
-            drain_store(rows[0], hits.x, bit0, index0, score0, block * 32, base);
-            drain_store(rows[1], hits.y, bit1, index1, score1, block * 32, base);
+            drain_store(rows[0], mask.x, bit0, index0, score0, block * 32, base);
+            drain_store(rows[1], mask.y, bit1, index1, score1, block * 32, base);
           }
           __syncwarp();  // every lane has read its scores
           if (lane == 0) barrier_arrive(slot_empty(warp, buffer.index));
           buffer.advance();
-          rows[0].above += __popc(hits.x);
-          rows[1].above += __popc(hits.y);
-          uint32_t any = hits.x | hits.y;
+          rows[0].above += __popc(mask.x);
+          rows[1].above += __popc(mask.y);
+          uint32_t any = mask.x | mask.y;
           any |= __shfl_xor_sync(~0u, any, 4);
           any |= __shfl_xor_sync(~0u, any, 8);
           any |= __shfl_xor_sync(~0u, any, 16);
@@ -420,18 +405,21 @@ struct Sweep {
   // Warps that have few registers (kLong = false) leave the long rows to the others.
   template <bool kLong>
   __device__ void pick(int item, int warp) {
+    // Nothing that follows from the warp is to be kept in a register while the item is swept.
+    asm volatile("" : "+r"(warp));
     const int thread = warp * 32 + threadIdx.x % 32;
     auto* const bits = reinterpret_cast<uint32_t*>(memory);
     const int64_t words = bitmap_words(p.call);
     const bool bitmap = p.out.bitmap != nullptr;
     const bool staged = words <= Shared::kBitmapWords;
-    named_barrier_sync(kPick, 512);  // every slot is drained, every count is there
+    cta_barrier_sync(kPick, 512);  // every slot is drained, every count is there
     if (bitmap && staged) {
       for (int i = thread; i < 2 * words; i += 512) bits[i] = 0;
     }
     if (thread < kCtaRows) {
-      const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + thread / kTileRows);
-      const Tile t = tile_of(p.call, slot);
+      const int index = 2 * static_cast<int>(rank) + thread / kTileRows;
+      const Slot slot = slot_at(p, item, index);
+      const Tile t = worked_tile(index, slot);
       const int r = thread % kTileRows;
       RowTask task{0, -1, 0};
       if (r < t.rows) {
@@ -445,7 +433,7 @@ struct Sweep {
       state().rebuild[thread] = 0;
     }
     if (bitmap && !staged) finish_bitmap(item, thread, nullptr);
-    named_barrier_sync(kPick, 512);
+    cta_barrier_sync(kPick, 512);
     // A warp's candidates are copied to shared memory one row ahead of the row that it picks from.
     const uint32_t staging = shared + Shared::kSlots + warp * 2 * kListBytes;
     stage_row(warp, staging);
@@ -466,11 +454,12 @@ struct Sweep {
       }
     }
     fence_async_proxy();  // the next keys land where the bits are
-    named_barrier_sync(kPick, 512);
+    cta_barrier_sync(kPick, 512);
     if (bitmap && staged) finish_bitmap(item, thread, bits);
     if (thread < 2) {
-      const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + thread);
-      if (slot.tile >= 0) {
+      const int index = 2 * static_cast<int>(rank) + thread;
+      const Slot slot = slot_at(p, item, index);
+      if (slot.tile >= 0 && (state().worked >> index & 1) != 0) {
         const int64_t entry = int64_t{slot.head} * p.call.num_tiles + slot.tile;
         const uint64_t unsettled = state().unsettled[thread];
         const uint32_t rebuild = state().rebuild[thread];
@@ -540,8 +529,9 @@ struct Sweep {
   // Bits above the bracket: from the order of the lanes to ascending keys, together with `bits` unless null.
   __device__ void finish_bitmap(int item, int thread, const uint32_t* bits) const {
     for (int half = 0; half < 2; ++half) {
-      const Slot slot = slot_at(p, item, 2 * static_cast<int>(rank) + half);
-      const Tile t = tile_of(p.call, slot);
+      const int index = 2 * static_cast<int>(rank) + half;
+      const Slot slot = slot_at(p, item, index);
+      const Tile t = worked_tile(index, slot);
       if (t.rows == 0) continue;
       auto* const blocks = reinterpret_cast<uint4*>(bitmap_of(slot));
       const int count = (seen_end(p.call, t) + kBlockKeys - 1) / kBlockKeys;
@@ -559,18 +549,15 @@ struct Sweep {
   }
 };
 
-template <typename T, int D>
+template <typename T, int D, bool kFewInside>
 __global__ void __launch_bounds__(kSweepThreads, 1) __cluster_dims__(2, 1, 1)
     sweep_kernel(const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectParams p) {
   using Shared = SweepShared<D>;
   extern __shared__ uint8_t shared_raw[];
   uint8_t* const memory = shared_raw + ((1024 - (shared_address(shared_raw) & 1023)) & 1023);
-  Sweep<T, D> sweep{p, memory, shared_address(memory), cluster_rank()};
+  Sweep<T, D, kFewInside> sweep{p, memory, shared_address(memory), cluster_rank()};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::kStages; ++i) {
-      barrier_init(sweep.stage_full(i), 1);
-      barrier_init(sweep.stage_empty(i), 16);  // the product warps of both CTAs
-    }
+    sweep.keys().init();
     for (int warp = 0; warp < 8; ++warp) {
       for (int i = 0; i < kSlotBuffers; ++i) {
         barrier_init(sweep.slot_full(warp, i), 1);

@@ -11,9 +11,11 @@
 // bulk reductions of whole rows; dV's are issued while dP^T runs. 128 rows instead of 64 cut these
 // reductions, which bound the kernel (L2: about 3.2 TB/s on an H100), by a third.
 //
+// For a deterministic result the sums are integers, multiples of a step of each key (union_fixed_point.cuh).
+//
 // Cost: union x (4 D bytes gathered + 8 D bytes reduced), and 8 x rows x D x union FLOP.
 #include "union.h"
-#include "union_common.cuh"
+#include "union_fixed_point.cuh"
 
 namespace topk_attn::cuda::sm90 {
 namespace {
@@ -41,8 +43,9 @@ __device__ inline bool follows(const Tile& tile, const Tile& next) {
 }
 
 // One query tile or two, starting at `tile`, number `work.tile` (kBlocks = 2: and the next number).
-template <typename T, int kDim, int kBlocks>
-__device__ __forceinline__ void key_gradients(const BackwardCall& backward, int64_t words, const Work& work,
+template <typename T, int kDim, bool kFixedPoint, int kBlocks>
+__device__ __forceinline__ void key_gradients(const BackwardCall& backward, int64_t words,
+                                              const InverseStep* inverse_steps, const Work& work,
                                               const Tile& tile, int seen, uint32_t shared) {
   using Memory = KeyGradientMemory<kDim>;
   const Call& call = backward.call;
@@ -64,8 +67,9 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
   const Rows k_rows[1] = {lanes.shifted(rows_of(call.k, tile.batch, tile.k_begin, work.kv_head))};
   const Rows v_rows[1] = {lanes.shifted(rows_of(call.v, tile.batch, tile.k_begin, work.kv_head))};
   const int64_t first_token = int64_t{tile.batch} * call.tk + tile.k_begin;
-  float* const dk_sum = backward.dk_sum + (first_token * call.kv_heads + work.kv_head) * kDim;
-  float* const dv_sum = backward.dv_sum + (first_token * call.kv_heads + work.kv_head) * kDim;
+  const int64_t first_row = first_token * call.kv_heads + work.kv_head;
+  float* const dk_sum = backward.dk_sum + first_row * kDim;
+  float* const dv_sum = backward.dv_sum + first_row * kDim;
   const uint32_t sum_stride = static_cast<uint32_t>(call.kv_heads) * kDim * 4;  // bytes
 
   keys.ensure(2 * kChunkKeys);
@@ -103,21 +107,35 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
 
   // Adds row `i` of the warp's staged rows to the row of `key`.
   const auto reduce_row = [&](float* sums, uint32_t key, int i) {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                     reinterpret_cast<char*>(sums) + uint64_t{key} * sum_stride),
-                 "r"(staged_rows + i * Memory::kPitch), "n"(kDim * 4)
-                 : "memory");
+    char* const to = reinterpret_cast<char*>(sums) + uint64_t{key} * sum_stride;
+    if constexpr (kFixedPoint) {
+      asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.s32 [%0], [%1], %2;" ::"l"(to),
+                   "r"(staged_rows + i * Memory::kPitch), "n"(kDim * 4)
+                   : "memory");
+    } else {
+      asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+                   "r"(staged_rows + i * Memory::kPitch), "n"(kDim * 4)
+                   : "memory");
+    }
   };
-  // Stages the warp's 16 x D part of a chunk's sums, times `factor`, once earlier staged rows have been read.
-  const auto stage_rows = [&](const float(&sum)[kDim / 2], float factor) {
+  // Stages the warp's 16 x D part of a chunk's sums, the thread's two rows times a factor each, once earlier
+  // staged rows have been read.
+  const auto stage_pair = [](uint32_t address, float x, float y, float factor) {
+    if constexpr (kFixedPoint) {
+      store_shared_int2(address, in_steps(x, factor), in_steps(y, factor));
+    } else {
+      store_shared_float2(address, x * factor, y * factor);
+    }
+  };
+  const auto stage_rows = [&](const float(&sum)[kDim / 2], float upper_factor, float lower_factor) {
     asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
     __syncwarp();
     const uint32_t upper = staged_rows + lane / 4 * Memory::kPitch + column_pair * 8;
     const uint32_t lower = upper + 8 * Memory::kPitch;
 #pragma unroll
     for (int j = 0; j < kDim / 8; ++j) {
-      store_shared_float2(upper + 32 * j, sum[4 * j] * factor, sum[4 * j + 1] * factor);
-      store_shared_float2(lower + 32 * j, sum[4 * j + 2] * factor, sum[4 * j + 3] * factor);
+      stage_pair(upper + 32 * j, sum[4 * j], sum[4 * j + 1], upper_factor);
+      stage_pair(lower + 32 * j, sum[4 * j + 2], sum[4 * j + 3], lower_factor);
     }
     fence_async_proxy();
     __syncwarp();
@@ -145,6 +163,17 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
     const int upper_key = upper_entry < count ? load_shared_int(chunk + upper_entry * 4) : kNoKey;
     const int lower_key = upper_entry + 8 < count ? load_shared_int(chunk + (upper_entry + 8) * 4) : kNoKey;
     const bool plain = contested.holds(load_shared_int(chunk), load_shared_int(chunk + (count - 1) * 4));
+    float2 upper_factor{1.0f, call.softmax_scale};  // of dV and dK
+    float2 lower_factor = upper_factor;
+    if constexpr (kFixedPoint) {
+      const auto factor_of = [&](int key) {
+        if (key == kNoKey) return float2{0.0f, 0.0f};
+        const InverseStep x = __ldg(inverse_steps + first_row + int64_t{key} * call.kv_heads);
+        return float2{x.x, x.y * call.softmax_scale};
+      };
+      upper_factor = factor_of(upper_key);
+      lower_factor = factor_of(lower_key);
+    }
 
     float p[kBlocks][32];
     float sum[kDim / 2];
@@ -208,7 +237,7 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
     }
 
     wgmma_wait<0>();
-    stage_rows(sum, 1.0f);
+    stage_rows(sum, upper_factor.x, lower_factor.x);
 
     // V of this chunk has arrived; its K is no longer needed.
     copy_wait<0>();
@@ -270,7 +299,7 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
     }
     wgmma_commit();
     wgmma_wait<0>();
-    stage_rows(sum, call.softmax_scale);
+    stage_rows(sum, upper_factor.y, lower_factor.y);
     reduce_rows(dk_sum, chunk, count);
     chunk = next_chunk;
   }
@@ -278,9 +307,9 @@ __device__ __forceinline__ void key_gradients(const BackwardCall& backward, int6
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(kThreads, 1)
-    dkv_kernel(const __grid_constant__ BackwardCall backward, int64_t words) {
+template <typename T, int kDim, bool kFixedPoint>
+__global__ void __launch_bounds__(kThreads, 1) dkv_kernel(const __grid_constant__ BackwardCall backward,
+                                                          int64_t words, const InverseStep* inverse_steps) {
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const Call& call = backward.call;
@@ -300,37 +329,49 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (follows(tile, next)) {
       const int next_seen = seen_end(call, next);
       if (gathered(backward.regimes, entry + 1, next_seen)) {
-        key_gradients<T, kDim, 2>(backward, words, work, tile, next_seen, shared);
+        key_gradients<T, kDim, kFixedPoint, 2>(backward, words, inverse_steps, work, tile, next_seen, shared);
         return;
       }
     }
   }
-  key_gradients<T, kDim, 1>(backward, words, work, tile, seen, shared);
+  key_gradients<T, kDim, kFixedPoint, 1>(backward, words, inverse_steps, work, tile, seen, shared);
 }
 
-template <typename T, int kDim>
-cudaError_t launch(const BackwardCall& backward, cudaStream_t stream) {
+template <typename T, int kDim, bool kFixedPoint>
+cudaError_t launch(const BackwardCall& backward, const InverseStep* inverse_steps, cudaStream_t stream) {
   constexpr int kBytes = KeyGradientMemory<kDim>::kTotal;
-  const auto kernel = dkv_kernel<T, kDim>;
+  const auto kernel = dkv_kernel<T, kDim, kFixedPoint>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(backward.call.heads) * backward.call.num_tiles;
-  kernel<<<blocks, kThreads, kBytes, stream>>>(backward, bitmap_words(backward.call));
+  kernel<<<blocks, kThreads, kBytes, stream>>>(backward, bitmap_words(backward.call), inverse_steps);
   return cudaGetLastError();
+}
+
+template <typename T, int kDim>
+cudaError_t launch(const BackwardCall& backward, const InverseStep* inverse_steps, cudaStream_t stream) {
+  return inverse_steps == nullptr ? launch<T, kDim, false>(backward, inverse_steps, stream)
+                                  : launch<T, kDim, true>(backward, inverse_steps, stream);
 }
 
 }  // namespace
 
-cudaError_t backward_union_dkv(const BackwardCall& backward, cudaStream_t stream) {
+cudaError_t backward_union_dkv(const BackwardCall& backward, cudaStream_t stream, void* workspace) {
   const Call& call = backward.call;
   if (!supports_union(call)) return cudaErrorNotSupported;
   if (backward.regimes.union_size == nullptr || call.heads == 0 || call.num_tiles == 0) return cudaSuccess;
   if (backward.dk_sum == nullptr || backward.dv_sum == nullptr) return cudaErrorInvalidValue;
+  if (workspace != nullptr) {
+    const cudaError_t error = set_steps(backward, workspace, stream);
+    if (error != cudaSuccess) return error;
+  }
+  const InverseStep* const steps = static_cast<const InverseStep*>(workspace);
   const bool wide = call.head_dim == 128;
   if (call.dtype == DType::kFloat16) {
-    return wide ? launch<__half, 128>(backward, stream) : launch<__half, 64>(backward, stream);
+    return wide ? launch<__half, 128>(backward, steps, stream) : launch<__half, 64>(backward, steps, stream);
   }
-  return wide ? launch<__nv_bfloat16, 128>(backward, stream) : launch<__nv_bfloat16, 64>(backward, stream);
+  return wide ? launch<__nv_bfloat16, 128>(backward, steps, stream)
+              : launch<__nv_bfloat16, 64>(backward, steps, stream);
 }
 
 }  // namespace topk_attn::cuda::sm90

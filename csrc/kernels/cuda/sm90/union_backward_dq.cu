@@ -5,25 +5,33 @@
 // delta), dQ += dS K.
 //
 // Cost: union x 4 x D bytes gathered, from L2, and 384 x D x union FLOP per tile. No atomics: deterministic.
+//
+// For a deterministic dK and dV it also bounds what the tile adds to each key's (union_fixed_point.cuh),
+// about 120 instructions a warp and chunk.
 #include "union.h"
-#include "union_common.cuh"
+#include "union_fixed_point.cuh"
 
 namespace topk_attn::cuda::sm90 {
 namespace {
 
-template <int kDim>
+template <int kDim, bool kBounds>
 struct QueryGradientMemory {
   static constexpr int kStage = 2 * kBlockBytes<kDim>;  // K and V of one chunk
   static constexpr int kOutGradient = 2 * kStage;
   static constexpr int kRing = kOutGradient + kBlockBytes<kDim>;
   static constexpr int kRows = kRing + KeyStream<1>::kBytes;
-  static constexpr int kTotal = kRows + kTileRows * kRowBytes;
+  static constexpr int kAtBounds = kRows + kTileRows * kRowBytes;
+  static constexpr int kTotal = kAtBounds + (kBounds ? ChunkBounds::kBytes : 0);
 };
 
-template <typename T, int kDim>
-__global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
-    dq_kernel(const __grid_constant__ BackwardCall backward, int64_t words) {
-  using Memory = QueryGradientMemory<kDim>;
+// Thread blocks of a multiprocessor. The bounds of fp16 need a few registers more than three blocks have.
+template <typename T, int kDim, bool kBounds>
+inline constexpr int kResident = kDim == 128 || (kBounds && std::is_same_v<T, __half>) ? 2 : 3;
+
+template <typename T, int kDim, bool kBounds>
+__global__ void __launch_bounds__(128, kResident<T, kDim, kBounds>)
+    dq_kernel(const __grid_constant__ BackwardCall backward, int64_t words, KeyBound* key_bounds) {
+  using Memory = QueryGradientMemory<kDim, kBounds>;
   extern __shared__ __align__(1024) uint8_t memory[];
   const Call& call = backward.call;
   const Work work = work_of(call, blockIdx.x);
@@ -78,6 +86,9 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
   float delta[2] = {0.0f, 0.0f};
   Contested contested;
   const float scale = call.softmax_scale * kLog2e;
+  const int64_t first_token = int64_t{tile.batch} * call.tk + tile.k_begin;
+  ChunkBounds bounds(shared + Memory::kAtBounds, key_bounds + first_token * call.kv_heads + work.kv_head,
+                     call.kv_heads, call.softmax_scale, warp, lane);
   const uint64_t out_gradient = k_major(shared + Memory::kOutGradient);
 
   uint32_t chunk = keys.first_chunk();
@@ -94,6 +105,17 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
       for (int half = 0; half < 2; ++half) {
         lse[half] = load_shared_float(upper_state + half * 8 * kRowBytes + 24);
         delta[half] = load_shared_float(upper_state + half * 8 * kRowBytes + 28);
+      }
+      if constexpr (kBounds) {
+        uint32_t largest[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < kDim / 16; ++i) {
+          const int4 x = load_shared_int4(shared + Memory::kOutGradient + (threadIdx.x + 128 * i) * 16);
+          largest[0] = largest_pair(largest[0], largest_pair(largest_pair(x.x, x.y), largest_pair(x.z, x.w)));
+        }
+#pragma unroll
+        for (int i = 0; i < kDim / 4; ++i) largest[1] = largest_pair(largest[1], q[i]);
+        bounds.add_largest(largest[0], largest[1]);
       }
     }
     const int count = min(kChunkKeys, keys.filled() - c * kChunkKeys);
@@ -121,6 +143,10 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
     }
     wgmma_commit();
     const ChunkFilter filter(upper_state, lower_state, contested, chunk, count);
+    if constexpr (kBounds) {
+      if (c > 0) bounds.settle<T>((c - 1) % 2);
+      bounds.open(chunk, count);
+    }
     keys.ensure((c + 3) * kChunkKeys);
     wgmma_wait<1>();
 
@@ -134,7 +160,9 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int i = 4 * j + 2 * half;
-        ds[2 * j + half] = pack<T>(s[i] * (dp[i] - delta[half]), s[i + 1] * (dp[i + 1] - delta[half]));
+        dp[i] = s[i] * (dp[i] - delta[half]);
+        dp[i + 1] = s[i + 1] * (dp[i + 1] - delta[half]);
+        ds[2 * j + half] = pack<T>(dp[i], dp[i + 1]);
       }
     }
     const uint64_t k_rows = mn_major(stage, kChunkKeys);
@@ -145,8 +173,14 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
                            true);
     }
     wgmma_commit();
+    if constexpr (kBounds) bounds.add<T>(s, dp, c % 2);
     wgmma_wait<0>();
     chunk = next_chunk;
+  }
+  if constexpr (kBounds) {
+    const int chunks = (keys.filled() + kChunkKeys - 1) / kChunkKeys;
+    __syncthreads();
+    if (chunks > 0) bounds.settle<T>((chunks - 1) % 2);
   }
 
 #pragma unroll
@@ -166,28 +200,41 @@ __global__ void __launch_bounds__(128, kDim == 128 ? 2 : 3)
   }
 }
 
-template <typename T, int kDim>
-cudaError_t launch(const BackwardCall& backward, cudaStream_t stream) {
-  constexpr int kBytes = QueryGradientMemory<kDim>::kTotal;
-  const auto kernel = dq_kernel<T, kDim>;
+template <typename T, int kDim, bool kBounds>
+cudaError_t launch(const BackwardCall& backward, KeyBound* bounds, cudaStream_t stream) {
+  constexpr int kBytes = QueryGradientMemory<kDim, kBounds>::kTotal;
+  const auto kernel = dq_kernel<T, kDim, kBounds>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
   const unsigned blocks = static_cast<unsigned>(backward.call.heads) * backward.call.num_tiles;
-  kernel<<<blocks, 128, kBytes, stream>>>(backward, bitmap_words(backward.call));
+  kernel<<<blocks, 128, kBytes, stream>>>(backward, bitmap_words(backward.call), bounds);
   return cudaGetLastError();
+}
+
+template <typename T, int kDim>
+cudaError_t launch(const BackwardCall& backward, KeyBound* bounds, cudaStream_t stream) {
+  return bounds == nullptr ? launch<T, kDim, false>(backward, bounds, stream)
+                           : launch<T, kDim, true>(backward, bounds, stream);
 }
 
 }  // namespace
 
-cudaError_t backward_union_dq(const BackwardCall& backward, cudaStream_t stream) {
+cudaError_t backward_union_dq(const BackwardCall& backward, cudaStream_t stream, void* workspace) {
   const Call& call = backward.call;
   if (!supports_union(call)) return cudaErrorNotSupported;
+  KeyBound* const bounds = static_cast<KeyBound*>(workspace);
+  if (bounds != nullptr) {
+    const cudaError_t error = cudaMemsetAsync(bounds, 0, union_workspace(call), stream);
+    if (error != cudaSuccess) return error;
+  }
   if (backward.regimes.union_size == nullptr || call.heads == 0 || call.num_tiles == 0) return cudaSuccess;
   const bool wide = call.head_dim == 128;
   if (call.dtype == DType::kFloat16) {
-    return wide ? launch<__half, 128>(backward, stream) : launch<__half, 64>(backward, stream);
+    return wide ? launch<__half, 128>(backward, bounds, stream)
+                : launch<__half, 64>(backward, bounds, stream);
   }
-  return wide ? launch<__nv_bfloat16, 128>(backward, stream) : launch<__nv_bfloat16, 64>(backward, stream);
+  return wide ? launch<__nv_bfloat16, 128>(backward, bounds, stream)
+              : launch<__nv_bfloat16, 64>(backward, bounds, stream);
 }
 
 }  // namespace topk_attn::cuda::sm90

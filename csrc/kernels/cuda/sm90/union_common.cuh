@@ -51,6 +51,9 @@ __device__ __forceinline__ void store_shared_int4(uint32_t address, int4 x) {
                "r"(x.w)
                : "memory");
 }
+__device__ __forceinline__ void store_shared_int2(uint32_t address, int x, int y) {
+  asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
+}
 __device__ __forceinline__ void store_shared_float2(uint32_t address, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
