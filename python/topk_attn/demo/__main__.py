@@ -89,7 +89,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         steps=options.steps or (2 if quick else settings["train"]["max_steps"]),
         sequence_len=options.sequence_len or (128 if quick else settings["data"]["sequence_len"]),
         eval_essays=1 if quick else 3,
-        eval_questions=4 if quick else 12,
+        eval_questions=4 if quick else 24,
         seed=settings["train"]["seed"],
         parity_tokens=96 if quick else 512,
         parity_layers=(0, 1) if quick else (0, 14, 29),
