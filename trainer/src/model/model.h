@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/lora.h"
 #include "topk_attn/topk_attn.h"
 
 namespace topk_sft {
@@ -53,7 +54,7 @@ struct LoadOptions {
 // What the backward computes again instead of keeping it.
 enum class Recompute {
   kNothing,
-  kAllButAttention,  // keeps each layer's input, its rotated heads and what attention returns and saves
+  kAllButAttention,  // keeps each layer's input and what attention returns, with its selection
   kAll,              // keeps each layer's input
 };
 
@@ -68,6 +69,8 @@ struct KvState {
                                // experiment), single-token calls by the model's settings; starts as
                                // AttentionSettings::prefill_dense
 };
+
+class AttentionProbe;
 
 class CausalLM {
  public:
@@ -89,8 +92,23 @@ class CausalLM {
 
   void set_attention(const AttentionSettings& settings);  // Error when it cannot be honoured
   const AttentionSettings& attention() const;
-  // The gradients are the same to the bit.
-  void set_activation_checkpointing(Recompute recompute);
+  // What the layers keep (layer_checkpoint.h). `offload`: what is kept waits in pinned host memory; only on a
+  // CUDA device. `chunk_tokens`: tokens at a time outside attention, 0: by the model's size; gradients are
+  // the same to the bit where one chunk holds all tokens.
+  void set_activation_checkpointing(Recompute recompute, bool offload = false, int64_t chunk_tokens = 0);
+
+  // Freezes all parameters and gives the maps that `lora` names an adapter, in the model's dtype: A uniform
+  // within 1 / sqrt(in), drawn from `seed`, B zero. `masters`, if not null, gets their float32 values.
+  void add_lora(const LoraOptions& lora, uint64_t seed, std::vector<at::Tensor>* masters = nullptr);
+  // What trains: the adapters' A and B, named <map>.lora_A.weight and <map>.lora_B.weight, layer by layer;
+  // all parameters without adapters.
+  std::vector<std::pair<std::string, at::Tensor>> trained_parameters() const;
+  // A parameter of named_parameters() with its adapter merged in: the sum is taken in float32 and rounded
+  // once.
+  at::Tensor merged(const std::string& name) const;
+
+  // Records attention entropies in the next forward passes that compute gradients; null: no more.
+  void set_attention_probe(std::shared_ptr<AttentionProbe> probe);
 
   // Hugging Face names, a tied weight once (as model.embed_tokens.weight), in a fixed order: embedding,
   // layers, final norm, lm_head. The tensors are the model's own leaves: updating them in place updates the

@@ -56,6 +56,11 @@ std::vector<at::Tensor> read_tensors(const SafetensorsFile& file, const std::str
   return out;
 }
 
+// Adapters are saved without the weights that they belong to.
+const char* weights_file(const RunPlan& plan) {
+  return plan.lora ? "adapter_model.safetensors" : "model.safetensors";
+}
+
 // Generators whose state a run depends on: the CPU's, and the device's own.
 std::vector<std::pair<std::string, at::Generator>> generators(const AdamW& optimizer) {
   std::vector<std::pair<std::string, at::Generator>> out;
@@ -132,7 +137,7 @@ std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const 
   // written twice, because a run does not start below a whole checkpoint.
   AtomicFolder folder(target, /*replace=*/true);
   const fs::path inside = folder.path();
-  write_tensors((inside / "model.safetensors").string(), optimizer.masters(), DType::kF32);
+  write_tensors((inside / weights_file(plan)).string(), optimizer.masters(), DType::kF32);
   NamedTensors moments = with_prefix("exp_avg.", optimizer.exp_avg());
   for (auto& entry : with_prefix("exp_avg_sq.", optimizer.exp_avg_sq())) moments.push_back(std::move(entry));
   write_tensors((inside / "optimizer.safetensors").string(), moments, DType::kF32);
@@ -222,7 +227,7 @@ std::string find_checkpoint(const RunPlan& plan, const std::string& wanted, std:
 
 TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, AdamW& optimizer) {
   const SavedState saved = read_state(path);
-  const SafetensorsFile weights((fs::path(path) / "model.safetensors").string());
+  const SafetensorsFile weights((fs::path(path) / weights_file(plan)).string());
   const SafetensorsFile moments((fs::path(path) / "optimizer.safetensors").string());
   const SafetensorsFile random((fs::path(path) / "rng.safetensors").string());
   const NamedTensors like = optimizer.masters();

@@ -3,6 +3,7 @@
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -73,11 +74,17 @@ StepResult run_step(CausalLM& model, AdamW& optimizer, const RunPlan& plan, cons
   optimizer.zero_grad(/*single_pass=*/micro_batches.size() == 1);
   std::vector<at::Tensor> sums;
   for (size_t i = 0; i < micro_batches.size(); ++i) {
-    const at::Tensor sum =
-        model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()));
+    at::Tensor sum;
+    {
+      RECORD_USER_SCOPE("forward");
+      sum = model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()));
+    }
     sums.push_back(sum.detach());
-    sum.div(result.targets).backward();
-    optimizer.accumulate();
+    {
+      RECORD_USER_SCOPE("backward");
+      sum.div(result.targets).backward();
+      optimizer.accumulate();
+    }
     if (!go_on(static_cast<int64_t>(i) + 1)) {
       result.stopped = true;
       return result;
