@@ -7,6 +7,7 @@
 
 #include "recipe/recipe.h"
 #include "train/cli.h"
+#include "train/evaluate.h"
 #include "train/plan.h"
 #include "train/signals.h"
 #include "train/trainer.h"
@@ -34,6 +35,7 @@ int run(const CommandLine& line) {
       std::puts("topk-sft " TOPK_ATTN_VERSION);
       return 0;
     case CommandLine::Action::kDryRun:
+    case CommandLine::Action::kEvaluate:
     case CommandLine::Action::kTrain:
       break;
   }
@@ -41,6 +43,9 @@ int run(const CommandLine& line) {
   const topk_sft::RunPlan plan = topk_sft::make_plan(parsed.recipe);
   if (line.action == CommandLine::Action::kDryRun) {
     topk_sft::print_dry_run(plan, parsed.notes);
+  } else if (line.action == CommandLine::Action::kEvaluate) {
+    topk_sft::install_signal_handlers();
+    topk_sft::run_evaluation(plan, parsed.notes);
   } else {
     topk_sft::install_signal_handlers();
     topk_sft::run_training(plan, parsed.notes, line.profile);

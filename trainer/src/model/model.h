@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "topk_attn/kv_cache.h"
 #include "topk_attn/topk_attn.h"
 
 namespace topk_sft {
@@ -110,6 +111,14 @@ class CausalLM {
   // Appends input_ids int64 (B, Tnew) to the caches and returns the logits of the last position, (B,
   // vocab_size). Error when the cache is full. No gradient.
   at::Tensor decode(const at::Tensor& input_ids, KvState& state) const;
+
+  // An empty cache of pages for this model; see KVCacheOptions.
+  topk_attn::KVCache make_kv_cache(int64_t pages, int64_t page_size, int64_t max_length,
+                                   bool key_codes = false) const;
+  // The same with a cache of pages: appends input_ids int64 (B, Tnew) to the sequences of the cache's batch,
+  // which must have room. Several tokens at the beginning of all sequences are attended to by the kernels of
+  // training, and CUDA's dense decode steps by torch's. No gradient.
+  at::Tensor decode(const at::Tensor& input_ids, topk_attn::KVCache& cache) const;
 
  private:
   struct Impl;

@@ -231,6 +231,14 @@ std::vector<Key> make_keys() {
        "Attention that evaluation runs under, one pass each; empty: the one trained with.",
        {},
        {"topk", "dense"}},
+      {"train",
+       "eval_ratios",
+       RECIPE_FIELD(train.eval_ratios),
+       kFree,
+       "Evaluation also runs under top-k attention at each of these ratios, one pass each, with the other "
+       "settings "
+       "of section attention.",
+       {.min = 0, .max = 1, .min_open = true}},
       {"train", "max_eval_batches", RECIPE_FIELD(train.max_eval_batches), kFree,
        "Evaluate on the first micro-batches of the held-out split only; null: all.", at_least(1)},
       {"train", "sample_prompts", RECIPE_FIELD(train.sample_prompts), kFree,
@@ -430,6 +438,7 @@ struct TypeText {
   std::string operator()(Accessor<std::optional<int64_t>>) const { return "integer or null"; }
   std::string operator()(Accessor<std::optional<double>>) const { return "number or null"; }
   std::string operator()(Accessor<std::vector<int64_t>>) const { return "list of integers"; }
+  std::string operator()(Accessor<std::vector<double>>) const { return "list of numbers"; }
   std::string operator()(Accessor<std::vector<std::string>>) const { return "list of text"; }
 };
 

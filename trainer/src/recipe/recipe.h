@@ -55,6 +55,7 @@ struct TrainSection {
   std::string on_nonfinite = "stop";  // stop, skip
   int64_t eval_steps = 0;
   std::vector<std::string> eval_attention;  // topk, dense; empty: the attention trained with
+  std::vector<double> eval_ratios;          // and top-k attention at each of these
   std::optional<int64_t> max_eval_batches;
   std::string sample_prompts;
   int64_t sample_steps = 0;

@@ -19,9 +19,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::optional<SparsityConfig> recipe_sparsity(const Recipe& recipe, int64_t num_layers) {
+SparsityConfig recipe_sparsity(const Recipe& recipe) {
   const AttentionSection& a = recipe.attention;
-  if (!a.topk && !a.ratio) return std::nullopt;
   SparsityConfig s;
   s.topk = a.topk;
   s.ratio = a.ratio;
@@ -32,7 +31,6 @@ std::optional<SparsityConfig> recipe_sparsity(const Recipe& recipe, int64_t num_
   s.recent = a.recent;
   s.dense_layers = a.dense_layers;
   std::sort(s.dense_layers.begin(), s.dense_layers.end());
-  check_sparsity(s, num_layers, "section attention");
   return s;
 }
 
@@ -144,6 +142,13 @@ std::optional<SparsityConfig> RunPlan::sparsity_of(const std::string& mode) cons
   return mode == "topk" ? sparsity : std::nullopt;
 }
 
+SparsityConfig RunPlan::sparsity_at(double ratio) const {
+  SparsityConfig s = recipe_sparsity(recipe);
+  s.topk.reset();
+  s.ratio = ratio;
+  return s;
+}
+
 Json RunPlan::identity() const {
   Json out = Json::object();
   const ModelConfig& c = config;
@@ -166,7 +171,13 @@ RunPlan make_plan(const Recipe& recipe) {
   const std::string& folder = recipe.model.base_model;
   if (!fs::is_directory(folder)) fail("model.base_model: {} is not a folder", folder);
   plan.config = read_model_config(folder);
-  plan.sparsity = recipe_sparsity(recipe, plan.config.num_layers);
+  if (recipe.attention.topk || recipe.attention.ratio) {
+    plan.sparsity = recipe_sparsity(recipe);
+    check_sparsity(*plan.sparsity, plan.config.num_layers, "section attention");
+  }
+  for (const double ratio : recipe.train.eval_ratios) {
+    check_sparsity(plan.sparsity_at(ratio), plan.config.num_layers, "section attention");
+  }
   plan.tokenizer_path = (fs::path(folder) / "tokenizer.json").string();
   plan.tokenizer_sha256 = sha256_file(plan.tokenizer_path);
   const ShardRequirements requirements{plan.tokenizer_path, plan.tokenizer_sha256, plan.config.vocab_size};

@@ -35,6 +35,8 @@ struct RunPlan {
   Sampler make_sampler() const;
   // Sparsity of an attention kind: "topk" gives `sparsity`, "dense" none.
   std::optional<SparsityConfig> sparsity_of(const std::string& mode) const;
+  // The recipe's selection with this ratio as its budget.
+  SparsityConfig sparsity_at(double ratio) const;
   // What must be equal for a checkpoint to belong to this run: shapes, data, tokenizer and the settings that
   // a resumed run must keep; one flat object of name -> text.
   Json identity() const;

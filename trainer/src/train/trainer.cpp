@@ -330,28 +330,22 @@ void Run::skip(const StepResult& result) {
 
 bool Run::evaluate_all() {
   if (plan_.eval.bins.empty()) return true;
-  std::string text;
-  Json fields = {{"step", state_.step}};
-  std::vector<std::pair<std::string, double>> scalars;
-  for (const std::string& mode : recipe_.eval_modes()) {
+  std::vector<EvalResult> results;
+  for (const EvalMode& mode : eval_modes(plan_)) {
     const auto result = evaluate(model_, plan_, mode, [&](int64_t done, int64_t total) {
       console_.progress(static_cast<double>(state_.step), static_cast<double>(plan_.total_steps),
-                        fmt::format("evaluating ({}) {}/{}", mode, done, total));
+                        fmt::format("evaluating ({}) {}/{}", mode.name, done, total));
       return stop_signal() == 0;
     });
     if (!result) return false;
-    text += fmt::format("{} loss {:.4f} under {} attention (perplexity {:.2f})", text.empty() ? "" : ",",
-                        result->loss, mode, std::exp(result->loss));
-    fields["loss_" + mode] = result->loss;
-    fields["targets"] = result->targets;
-    fields["seconds_" + mode] = result->seconds;
-    scalars.emplace_back("eval/loss_" + mode, result->loss);
+    results.push_back(*result);
   }
   evaluated_step_ = state_.step;
-  log_->event("eval", fields);
+  std::vector<std::pair<std::string, double>> scalars;
+  for (const EvalResult& result : results) scalars.emplace_back("eval/loss_" + result.mode, result.loss);
+  log_->event("eval", eval_fields(state_.step, results));
   log_->scalars(state_.step, scalars);
-  console_.line(fmt::format("held out after step {}:{}, {} targets", state_.step, text,
-                            count_text(fields["targets"].get<int64_t>())));
+  console_.line(fmt::format("held out after step {}: {}", state_.step, eval_text(results)));
   return true;
 }
 
