@@ -37,6 +37,10 @@ struct CausalLM::Impl {
   std::vector<bool> layer_is_sparse;
   Recompute recompute = Recompute::kNothing;
 
+  LayerHooks hooks;
+  int64_t sequence_ranks = 1;
+  std::function<Attend(const Attend&)> sequence_attention;
+
   Impl(const ModelConfig& model_config, const LoadOptions& options);
   void bind_parameters();
   // Takes the values of the next parameter, in any dtype, on the CPU.
@@ -98,8 +102,8 @@ at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
   return tensor.to(at::TensorOptions().device(device), /*non_blocking=*/true);
 }
 
-Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device,
-                    bool need_bounds) {
+Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device, bool need_bounds,
+                    int64_t sequence_ranks) {
   check_vector(batch.input_ids, "input_ids", at::kLong, -1);
   const int64_t tokens = batch.input_ids.size(0);
   if (tokens == 0) fail("batch: input_ids is empty");
@@ -112,7 +116,7 @@ Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Dev
                   on_device(batch.cu_seqlens, device),
                   {}};
   if (need_bounds || batch.cu_seqlens.device().is_cpu()) {
-    packing.bounds = check_bounds(batch.cu_seqlens, tokens, batch.max_seqlen);
+    packing.bounds = check_bounds(batch.cu_seqlens, tokens * sequence_ranks, batch.max_seqlen);
   }
   return packing;
 }
@@ -231,6 +235,20 @@ void CausalLM::set_activation_checkpointing(Recompute recompute) {
 std::vector<std::pair<std::string, at::Tensor>> CausalLM::named_parameters() const {
   return impl_->parameters;
 }
+void CausalLM::set_layer_hooks(LayerHooks hooks) {
+  impl_->hooks = std::move(hooks);
+}
+void CausalLM::set_sequence_parallel(int64_t ranks, std::function<Attend(const Attend&)> attention) {
+  const ModelConfig& config = impl_->config;
+  if (config.num_kv_heads % ranks != 0) {
+    fail(
+        "sequence parallelism over {} ranks needs a number of KV heads that is a multiple of it, the model "
+        "has {}",
+        ranks, config.num_kv_heads);
+  }
+  impl_->sequence_ranks = ranks;
+  impl_->sequence_attention = std::move(attention);
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Attention settings
@@ -330,7 +348,8 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
   }
   const bool any_dense = std::count(m.layer_is_sparse.begin(), m.layer_is_sparse.end(), false) > 0;
   // Shared with the checkpointed layers, which run again in the backward, after this function returned.
-  const auto packing = std::make_shared<const Packing>(check_batch(batch, m.config, m.device, any_dense));
+  const auto packing =
+      std::make_shared<const Packing>(check_batch(batch, m.config, m.device, any_dense, m.sequence_ranks));
   const auto rope =
       std::make_shared<const RopeTable>(rope_table(packing->positions, m.inv_freq, m.rope_scaling, m.dtype));
 
@@ -350,7 +369,10 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
         return dense_attention(q, k, v, packing->cu_seqlens, packing->bounds);
       };
     }
+    if (m.sequence_ranks > 1) attend = m.sequence_attention(attend);
+    if (m.hooks.enter) x = m.hooks.enter(static_cast<int64_t>(i), x);
     x = run_layer(m.config, layer, x, rope, attend, m.recompute);
+    if (m.hooks.leave) x = m.hooks.leave(static_cast<int64_t>(i), x);
   }
   return rms_norm(x, m.final_norm, m.config.rms_norm_eps);
 }

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/layer.h"
 #include "topk_attn/topk_attn.h"
 
 namespace topk_sft {
@@ -96,6 +97,17 @@ class CausalLM {
   // layers, final norm, lm_head. The tensors are the model's own leaves: updating them in place updates the
   // model.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
+
+  // For a model whose parameters are not all in memory: called around each layer of the packed forward, with
+  // its number and the hidden states, which they return; their gradients are asked for in the backward.
+  // Empty: none.
+  struct LayerHooks {
+    std::function<at::Tensor(int64_t, const at::Tensor&)> enter, leave;
+  };
+  void set_layer_hooks(LayerHooks hooks);
+  // For sequence parallelism: batches hold one of `ranks` equal parts of the tokens whose documents
+  // cu_seqlens bounds, and `attention` makes attention over a part of attention over all tokens.
+  void set_sequence_parallel(int64_t ranks, std::function<Attend(const Attend&)> attention);
 
   // (T, hidden_size) after the final norm.
   at::Tensor hidden_states(const PackedBatch& batch) const;

@@ -53,7 +53,8 @@ std::vector<Key> make_keys() {
        {"auto", "float32", "bfloat16"},
        {"torch_dtype"},
        {{"fp32", "float32"}, {"float", "float32"}, {"bf16", "bfloat16"}}},
-      {"model", "device", RECIPE_FIELD(model.device), kMayChange, "Where to compute: cpu, cuda or cuda:N."},
+      {"model", "device", RECIPE_FIELD(model.device), kMayChange,
+       "Where to compute: cpu, cuda or cuda:N. With several ranks cuda is each one's own GPU."},
       {"model", "random_init", RECIPE_FIELD(model.random_init), kFree,
        "Start from random weights, drawn from train.seed, with the shapes of base_model's config.json, "
        "instead of "
@@ -181,8 +182,10 @@ std::vector<Key> make_keys() {
        "gradient_accumulation_steps",
        RECIPE_FIELD(train.gradient_accumulation_steps),
        kMustMatch,
-       "Micro-batches in one optimizer step. The loss is averaged over all target tokens of the step, so "
-       "accumulation does not change the result.",
+       "Micro-batches of each rank in one optimizer step. The loss is averaged over all target tokens of the "
+       "step, so accumulation and ranks do not change the result. Resuming with another number of ranks "
+       "needs "
+       "the same product of the two.",
        between(1, 1 << 20),
        {},
        {"grad_accum"}},
@@ -220,6 +223,24 @@ std::vector<Key> make_keys() {
        "leaves the weights alone in that step, and goes on; ten skipped steps in a row stop the run.",
        {},
        {"stop", "skip"}},
+      {"train",
+       "sharding",
+       RECIPE_FIELD(train.sharding),
+       kFree,
+       "What several ranks divide among them. none: each has all. optimizer: each has its part of the "
+       "float32 "
+       "weights and moments. full: also of the weights and gradients; a layer is gathered when it is "
+       "computed.",
+       {},
+       {"none", "optimizer", "full"}},
+      {"train", "sequence_parallel", RECIPE_FIELD(train.sequence_parallel), kFree,
+       "Ranks that share each micro-batch: each has a part of the tokens, and for attention a part of the "
+       "heads. "
+       "It divides the number of ranks and of KV heads.",
+       between(1, 4096)},
+      {"train", "rank_timeout", RECIPE_FIELD(train.rank_timeout), kFree,
+       "Seconds without a sign of life after which a rank counts as lost, which ends all ranks.",
+       between(2, 600)},
       {"train", "eval_steps", RECIPE_FIELD(train.eval_steps), kFree,
        "Evaluate on the held-out split every so many steps, before the first step and at the end; 0: only at "
        "the end.",

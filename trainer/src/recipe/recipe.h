@@ -52,7 +52,10 @@ struct TrainSection {
   int64_t seed = 42;
   bool deterministic = false;
   std::optional<int64_t> num_threads;
-  std::string on_nonfinite = "stop";  // stop, skip
+  std::string on_nonfinite = "stop";   // stop, skip
+  std::string sharding = "optimizer";  // none, optimizer, full
+  int64_t sequence_parallel = 1;
+  double rank_timeout = 20.0;
   int64_t eval_steps = 0;
   std::vector<std::string> eval_attention;  // topk, dense; empty: the attention trained with
   std::optional<int64_t> max_eval_batches;

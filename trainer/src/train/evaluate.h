@@ -5,6 +5,8 @@
 #include <optional>
 #include <string>
 
+#include "dist/rank_optimizer.h"
+#include "dist/ranks.h"
 #include "model/model.h"
 #include "train/plan.h"
 
@@ -18,8 +20,9 @@ struct EvalResult {
 
 // Mean loss over the plan's held-out micro-batches under an attention kind ("topk", "dense"); the model's
 // attention setting is put back. `progress(done, total)` is called after each micro-batch; false ends early
-// without a result.
-std::optional<EvalResult> evaluate(CausalLM& model, const RunPlan& plan, const std::string& mode,
+// without a result. The ranks divide the micro-batches and get the same result.
+std::optional<EvalResult> evaluate(CausalLM& model, RankOptimizer& optimizer, const RunPlan& plan,
+                                   Ranks& ranks, const std::string& mode,
                                    const std::function<bool(int64_t, int64_t)>& progress);
 
 }  // namespace topk_sft

@@ -107,15 +107,64 @@ std::string describe_memory(const RunPlan& plan) {
   const int64_t tokens = largest_batch(plan);
   const int64_t kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
   const bool bfloat16 = r.model.dtype == "bfloat16";
-  const MemoryEstimate m =
-      estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing,
-                      r.train.recompute == "all_but_attention");
-  std::string out = fmt::format("about {}: weights {}", bytes_text(m.total()), bytes_text(m.weights));
+  MemoryEstimate m = estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing,
+                                     r.train.recompute == "all_but_attention");
+  const auto ranks = static_cast<double>(plan.ranks.world);
+  m.activations /= static_cast<double>(plan.ranks.sequence_ranks);
+  if (r.train.sharding != "none") {
+    m.master_weights /= ranks;
+    m.moments /= ranks;
+  }
+  if (r.train.sharding == "full") {
+    m.weights /= ranks;
+    m.gradients /= ranks;
+  }
+  std::string out = fmt::format("about {}{}: weights {}", bytes_text(m.total()),
+                                plan.ranks.several() ? " a rank" : "", bytes_text(m.weights));
   if (bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
   return out + fmt::format(
                    ", gradients {}, moments {}, activations {} (micro-batches of up to {} tokens), logits {}",
                    bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.activations),
                    count_text(tokens), bytes_text(m.logits));
+}
+
+std::string describe_ranks(const RunPlan& plan) {
+  const RankLayout& ranks = plan.ranks;
+  const std::string& sharding = plan.recipe.train.sharding;
+  std::string out = fmt::format("{}, {} micro-batches at a time", ranks.world, ranks.data_ranks());
+  if (ranks.sequence_ranks > 1) out += fmt::format(", each over the heads of {} ranks", ranks.sequence_ranks);
+  if (sharding == "none") return out + "; nothing is divided";
+  return out + (sharding == "full" ? "; weights, gradients and the optimizer's state are divided"
+                                   : "; the optimizer's state is divided");
+}
+
+// Micro-batches in one optimizer step of all ranks.
+int64_t micro_batches_per_step(const RunPlan& plan) {
+  return plan.recipe.train.gradient_accumulation_steps * plan.ranks.data_ranks();
+}
+
+// The division of the ranks, and this rank's device.
+void lay_out_ranks(RunPlan& plan, const Launch& launch) {
+  const TrainSection& t = plan.recipe.train;
+  const ModelConfig& c = plan.config;
+  plan.ranks = {launch.rank, launch.world, t.sequence_parallel};
+  const int64_t n = t.sequence_parallel;
+  if (launch.world % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the number of ranks, {}", n, launch.world);
+  }
+  if (c.num_heads % n != 0 || c.num_kv_heads % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the model's {} heads and {} KV heads", n, c.num_heads,
+         c.num_kv_heads);
+  }
+  plan.device = plan.recipe.model.device;
+  if (!plan.ranks.several() || plan.device == "cpu") return;
+  if (plan.device != "cuda") {
+    fail(
+        "model.device is {}: with several ranks it must be cuda, of which each takes the GPU of its "
+        "LOCAL_RANK",
+        plan.device);
+  }
+  plan.device = fmt::format("cuda:{}", launch.local_rank);
 }
 
 std::string describe_schedule(const RunPlan& plan) {
@@ -136,7 +185,7 @@ std::string describe_schedule(const RunPlan& plan) {
 
 Sampler RunPlan::make_sampler() const {
   return Sampler(static_cast<int64_t>(train.bins.size()), recipe.train.micro_batch_size,
-                 recipe.train.gradient_accumulation_steps, recipe.data.shuffle,
+                 micro_batches_per_step(*this), recipe.data.shuffle,
                  static_cast<uint64_t>(recipe.train.seed));
 }
 
@@ -157,15 +206,18 @@ Json RunPlan::identity() const {
   for (const Key& key : recipe_keys()) {
     if (key.on_resume == OnResume::kMustMatch) out[key.full_name()] = value_text(key, recipe);
   }
+  // A run may go on with another number of ranks if its steps stay the same.
+  out["train.gradient_accumulation_steps"] = std::to_string(micro_batches_per_step(*this));
   return out;
 }
 
-RunPlan make_plan(const Recipe& recipe) {
+RunPlan make_plan(const Recipe& recipe, const Launch& launch) {
   RunPlan plan;
   plan.recipe = recipe;
   const std::string& folder = recipe.model.base_model;
   if (!fs::is_directory(folder)) fail("model.base_model: {} is not a folder", folder);
   plan.config = read_model_config(folder);
+  lay_out_ranks(plan, launch);
   plan.sparsity = recipe_sparsity(recipe, plan.config.num_layers);
   plan.tokenizer_path = (fs::path(folder) / "tokenizer.json").string();
   plan.tokenizer_sha256 = sha256_file(plan.tokenizer_path);
@@ -253,13 +305,14 @@ std::string describe_plan(const RunPlan& plan) {
   add("steps",
       fmt::format("{} ({:.2f} epochs of {}); {} x {} sequences of up to {} tokens each", plan.total_steps,
                   static_cast<double>(plan.total_steps) / static_cast<double>(plan.steps_per_epoch),
-                  plan.steps_per_epoch, r.train.gradient_accumulation_steps, r.train.micro_batch_size,
+                  plan.steps_per_epoch, micro_batches_per_step(plan), r.train.micro_batch_size,
                   r.data.sequence_len));
   add("optimizer",
       fmt::format("AdamW, betas {:g} and {:g}, epsilon {:g}, weight decay {:g}, clipped at {}",
                   r.optim.adam_beta1, r.optim.adam_beta2, r.optim.adam_epsilon, r.optim.weight_decay,
                   r.optim.max_grad_norm > 0 ? fmt::format("{:g}", r.optim.max_grad_norm) : "nothing"));
   add("schedule", describe_schedule(plan));
+  if (plan.ranks.several()) add("ranks", describe_ranks(plan));
   add("memory", describe_memory(plan));
   add("output", r.checkpoint.output_dir);
   return out;

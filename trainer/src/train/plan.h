@@ -9,6 +9,7 @@
 #include "data/packing.h"
 #include "data/sampler.h"
 #include "data/shards.h"
+#include "dist/layout.h"
 #include "io/json.h"
 #include "model/config.h"
 #include "optim/schedule.h"
@@ -20,6 +21,8 @@ namespace topk_sft {
 struct RunPlan {
   Recipe recipe;
   ModelConfig config;
+  RankLayout ranks;
+  std::string device;          // of this rank: model.device, with the rank's own number
   std::string tokenizer_path;  // the model's tokenizer.json
   std::string tokenizer_sha256;
   std::optional<SparsityConfig> sparsity;  // of the recipe; none if it gives no budget
@@ -32,6 +35,7 @@ struct RunPlan {
   Schedule schedule;
   std::vector<std::string> notes;
 
+  // Of the steps of all ranks together.
   Sampler make_sampler() const;
   // Sparsity of an attention kind: "topk" gives `sparsity`, "dense" none.
   std::optional<SparsityConfig> sparsity_of(const std::string& mode) const;
@@ -41,7 +45,7 @@ struct RunPlan {
 };
 
 // Reads config.json, the tokenizer's hash and the shards, and lays out the run. Throws Error.
-RunPlan make_plan(const Recipe& recipe);
+RunPlan make_plan(const Recipe& recipe, const Launch& launch = {});
 
 // Micro-batches of the held-out split, in order.
 StepPlan eval_batches(const RunPlan& plan);
