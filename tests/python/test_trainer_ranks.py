@@ -52,7 +52,7 @@ def free_port() -> int:
 
 
 def start_ranks(ranks: int, *arguments) -> list[subprocess.Popen]:
-    """The ranks without torchrun, which takes seconds to start: nobody else ends them, rank 0 serves the store."""
+    """The ranks without torchrun, which is slow to start: nobody else ends them, rank 0 serves the store."""
     port = free_port()
     processes = []
     for rank in range(ranks):
