@@ -21,6 +21,7 @@ from trainer_run_helpers import (
     environment,
     events,
     losses,
+    poisoned,
     run,
 )
 
@@ -297,34 +298,42 @@ def test_a_signal_to_one_rank_saves_once_and_ends_all(endless):
     assert [line["event"] for line in events(folder)][-2:] == ["checkpoint", "stop"]
 
 
-def test_a_rank_that_fails_tells_for_all(bench, tmp_path):
-    """A NaN in one rank's micro-batch is found by all, and named once."""
+ONE_DOCUMENT_EACH = {
+    "data": {"sample_packing": False, "shuffle": False},
+    "train": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": 6},
+}
+
+
+def test_a_nonfinite_loss_of_one_rank_stops_all_and_is_named_once(tmp_path):
+    recipe = poisoned(tmp_path, 50).recipe(**ONE_DOCUMENT_EACH)
+    # Document 7 is the second micro-batch of step 4, on rank 1.
+    text = run_ranks(2, recipe, status=1)
+    assert "step 4, micro-batch 2 of 2 (documents 7): the loss is nan; all parameters are finite" in text
+
+
+@pytest.mark.parametrize("sharding", ["optimizer", "full"])
+def test_a_nonfinite_gradient_names_micro_batch_and_parameter(tmp_path, sharding):
+    """The forward pass is finite; a neuron that is off and weighs 3e38 lets the backward pass overflow."""
     model = tiny_model("llama", tie_word_embeddings=False)
     with torch.no_grad():
-        model.model.embed_tokens.weight[50] = 3e38
-    train = documents(12, 4, longest=30)
-    for ids, _ in train:
-        ids[ids == 50] = 51
-    train[5][0][1] = 50
-    poisoned = Workbench(tmp_path, model=model, train=train)
-    sections = settings(
-        2,
-        data={"sample_packing": False, "shuffle": False},
-        train={"gradient_accumulation_steps": 1, "max_steps": 6},
-    )
-    # Document 5 is the second micro-batch of step 3, on rank 1.
-    text = run_ranks(2, poisoned.recipe(**sections), status=1)
-    assert "step 3, micro-batch 2 of 2 (documents 5): the loss is nan" in text
+        mlp = model.model.layers[1].mlp
+        mlp.gate_proj.weight[0] = 0
+        mlp.up_proj.weight[0] *= 1e4
+        mlp.down_proj.weight[:, 0] = 3e38
+    sections = {**ONE_DOCUMENT_EACH, "train": {**ONE_DOCUMENT_EACH["train"], "sharding": sharding}}
+    text = run_ranks(2, Workbench(tmp_path, model=model).recipe(**sections), status=1)
+    assert "step 1, micro-batch 1 of 2 (documents 0): the gradient of model.layers.1." in text
+    assert "_proj.weight is not finite" in text
 
 
 def test_errors_of_the_recipe_come_once(bench):
-    for train, text in [
-        ({"sequence_parallel": 3}, "train.sequence_parallel is 3: it must divide the number of ranks, 4"),
-        ({"sequence_parallel": 4}, "it must divide the model's 4 heads and 2 KV heads"),
-        ({"sharding": "some"}, "train.sharding"),
+    for ranks, train, text in [
+        (2, {"sequence_parallel": 3}, "train.sequence_parallel is 3: it must divide the number of ranks, 2"),
+        (4, {"sequence_parallel": 4}, "it must divide the model's 4 heads and 2 KV heads"),
+        (2, {"sharding": "some"}, "train.sharding"),
     ]:
         recipe = bench.recipe("wrong", **settings(1, train=train))
-        assert text in run_ranks(4, recipe, status=1)
+        assert text in run_ranks(ranks, recipe, status=1)
     assert not (bench.folder / "wrong").exists()
     assert (
         "it must divide the number of ranks, 1"

@@ -97,8 +97,7 @@ void RankStore::report(const std::string& text) {
   } catch (const std::exception&) {
     // The store is gone: nobody else can be asked.
   }
-  if (!mine) return;
-  std::fprintf(stderr, "topk-sft: error: %s\n", text.c_str());
+  if (mine) std::fprintf(stderr, "topk-sft: error: %s\n", text.c_str());
   // Rank 0 may serve the store, which the others must be able to ask once more.
   if (launch_.rank == 0 && !launch_.agent_store) std::this_thread::sleep_for(3 * kBeat);
 }
