@@ -11,7 +11,7 @@ namespace topk_sft {
 
 RankOptimizer::RankOptimizer(CausalLM& model, const AdamWOptions& options, std::vector<at::Tensor> masters,
                              Ranks& ranks, Sharding sharding)
-    : parameters_(model.named_parameters()), ranks_(ranks), model_(model) {
+    : parameters_(model.trained_parameters()), ranks_(ranks), model_(model) {
   if (!ranks.several()) {
     adamw_ = std::make_unique<AdamW>(parameters_, options, std::move(masters));
     return;

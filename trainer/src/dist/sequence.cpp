@@ -7,6 +7,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <array>
+#include <memory>
+#include <utility>
 
 #include "io/error.h"
 
@@ -71,6 +74,58 @@ class ToTokens : public torch::autograd::Function<ToTokens> {
   }
 };
 
+class SequenceAttention : public PackedAttention {
+ public:
+  SequenceAttention(Ranks& ranks, std::shared_ptr<const PackedAttention> inner)
+      : ranks_(ranks), inner_(std::move(inner)) {}
+
+  at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) const override {
+    const auto address = reinterpret_cast<int64_t>(&ranks_);
+    const variable_list heads = ToHeads::apply(q, k, v, address);
+    return ToTokens::apply(inner_->attend(heads[0], heads[1], heads[2]), address);
+  }
+
+  bool separable(const at::TensorOptions& heads, int64_t head_dim) const override {
+    return inner_->separable(heads, head_dim);
+  }
+
+  // The first result is kept by tokens only: its heads are one exchange away.
+  std::vector<at::Tensor> forward(const at::Tensor& q, const at::Tensor& k,
+                                  const at::Tensor& v) const override {
+    const variable_list heads = split_heads({q, k, v});
+    std::vector<at::Tensor> results = inner_->forward(heads[0], heads[1], heads[2]);
+    results[0] = to_tokens(ranks_, results[0]).flatten(1, 2);
+    return results;
+  }
+
+  std::array<at::Tensor, 3> gradients(const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k,
+                                      const at::Tensor& v,
+                                      const std::vector<at::Tensor>& results) const override {
+    const variable_list heads = split_heads({q, k, v, results[0], grad});
+    std::vector<at::Tensor> inner_results = results;
+    inner_results[0] = heads[3];
+    const auto found = inner_->gradients(heads[4], heads[0], heads[1], heads[2], inner_results);
+    const std::vector<int64_t> sizes = {found[0].size(1), found[1].size(1), found[2].size(1)};
+    const std::vector<at::Tensor> back =
+        to_tokens(ranks_, at::cat({found[0], found[1], found[2]}, 1)).split_with_sizes(sizes, 2);
+    return {back[0].flatten(1, 2), back[1].flatten(1, 2), back[2].flatten(1, 2)};
+  }
+
+ private:
+  // Tensors of all heads and this rank's tokens, as those of all tokens and this rank's heads.
+  variable_list split_heads(const variable_list& tensors) const {
+    std::vector<int64_t> sizes;
+    for (const at::Tensor& x : tensors) sizes.push_back(x.size(1) / ranks_.layout().sequence_ranks);
+    variable_list out;
+    for (const at::Tensor& x : to_heads(ranks_, tensors).split_with_sizes(sizes, 1))
+      out.push_back(x.contiguous());
+    return out;
+  }
+
+  Ranks& ranks_;
+  std::shared_ptr<const PackedAttention> inner_;
+};
+
 at::Tensor padded(const at::Tensor& x, int64_t extra, int64_t value) {
   return extra == 0 ? x : at::cat({x, at::full({extra}, value, x.options())});
 }
@@ -98,12 +153,9 @@ PackedBatch sequence_part(const PackedBatch& batch, const RankLayout& layout) {
   return out;
 }
 
-Attend sequence_attention(Ranks& ranks, const Attend& inner) {
-  const auto address = reinterpret_cast<int64_t>(&ranks);
-  return [inner, address](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-    const variable_list heads = ToHeads::apply(q, k, v, address);
-    return ToTokens::apply(inner(heads[0], heads[1], heads[2]), address);
-  };
+std::shared_ptr<const PackedAttention> sequence_attention(Ranks& ranks,
+                                                          std::shared_ptr<const PackedAttention> inner) {
+  return std::make_shared<SequenceAttention>(ranks, std::move(inner));
 }
 
 }  // namespace topk_sft

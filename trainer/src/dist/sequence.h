@@ -7,7 +7,7 @@
 #pragma once
 
 #include "dist/ranks.h"
-#include "model/layer.h"
+#include "model/attention.h"
 #include "model/model.h"
 
 namespace topk_sft {
@@ -18,6 +18,7 @@ PackedBatch sequence_part(const PackedBatch& batch, const RankLayout& layout);
 
 // `inner`, attention over all tokens for some heads, as attention over this rank's tokens for all heads. The
 // number of KV heads must be a multiple of the number of ranks. `ranks` must outlive the result.
-Attend sequence_attention(Ranks& ranks, const Attend& inner);
+std::shared_ptr<const PackedAttention> sequence_attention(Ranks& ranks,
+                                                          std::shared_ptr<const PackedAttention> inner);
 
 }  // namespace topk_sft

@@ -68,6 +68,10 @@ at::Tensor state_tensor(const SafetensorsFile& file, const std::string& name, co
 const StateParts kWeights = {{"", RankOptimizer::State::kMaster}};
 const StateParts kMoments = {{"exp_avg.", RankOptimizer::State::kExpAvg},
                              {"exp_avg_sq.", RankOptimizer::State::kExpAvgSq}};
+// Adapters are saved without the weights that they belong to.
+const char* weights_file(const RunPlan& plan) {
+  return plan.lora ? "adapter_model.safetensors" : "model.safetensors";
+}
 
 // Generators whose state a run depends on: the CPU's, and the device's own.
 std::vector<std::pair<std::string, at::Generator>> generators(const RankOptimizer& optimizer) {
@@ -151,7 +155,7 @@ std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const 
   // written twice, because a run does not start below a whole checkpoint.
   AtomicFolder folder(target, /*replace=*/true);
   const fs::path inside = folder.path();
-  write_state((inside / "model.safetensors").string(), kWeights, optimizer);
+  write_state((inside / weights_file(plan)).string(), kWeights, optimizer);
   write_state((inside / "optimizer.safetensors").string(), kMoments, optimizer);
   NamedTensors random;
   for (auto& [name, generator] : generators(optimizer)) random.emplace_back(name, generator.get_state());
@@ -239,7 +243,7 @@ std::string find_checkpoint(const RunPlan& plan, const std::string& wanted, std:
 
 TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, RankOptimizer& optimizer) {
   const SavedState saved = read_state(path);
-  const SafetensorsFile weights((fs::path(path) / "model.safetensors").string());
+  const SafetensorsFile weights((fs::path(path) / weights_file(plan)).string());
   const SafetensorsFile moments((fs::path(path) / "optimizer.safetensors").string());
   const SafetensorsFile random((fs::path(path) / "rng.safetensors").string());
   const NamedTensors& like = optimizer.parameters();

@@ -1,8 +1,9 @@
 // Saving and restoring a run, bit for bit: float32 weights, moments, random state, data position, step,
 // recipe.
 //
-// output_dir/step-N holds model.safetensors (master weights, Hugging Face names), optimizer.safetensors
-// (exp_avg.NAME, exp_avg_sq.NAME), rng.safetensors, trainer_state.json, recipe.yaml and, last, COMPLETE.
+// output_dir/step-N holds model.safetensors (master weights, Hugging Face names; adapters alone are
+// adapter_model.safetensors), optimizer.safetensors (exp_avg.NAME, exp_avg_sq.NAME), rng.safetensors,
+// trainer_state.json, recipe.yaml and, last, COMPLETE.
 #pragma once
 
 #include <cstdint>

@@ -11,6 +11,7 @@
 #include "io/sha256.h"
 #include "recipe/keys.h"
 #include "topk_attn/contract.h"
+#include "train/base_weights.h"
 #include "train/console.h"
 
 namespace topk_sft {
@@ -104,28 +105,37 @@ std::string describe_attention(const RunPlan& plan) {
 
 std::string describe_memory(const RunPlan& plan) {
   const Recipe& r = plan.recipe;
-  const int64_t tokens = largest_batch(plan);
-  const int64_t kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
-  const bool bfloat16 = r.model.dtype == "bfloat16";
-  MemoryEstimate m = estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing,
-                                     r.train.recompute == "all_but_attention");
+  MemorySettings settings;
+  settings.bfloat16 = r.model.dtype == "bfloat16";
+  settings.cuda = r.model.device != "cpu";
+  settings.tokens = largest_batch(plan) / plan.ranks.sequence_ranks;
+  settings.longest = plan.train.plan.longest;
+  settings.kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
+  settings.accumulates = r.train.gradient_accumulation_steps > 1 || plan.ranks.several();
+  settings.checkpointing = r.train.gradient_checkpointing;
+  settings.keeps_attention = r.train.recompute == "all_but_attention";
+  settings.offloads = r.train.offload_activations;
+  settings.lora = plan.lora;
+  MemoryEstimate m = estimate_memory(plan.config, settings);
   const auto ranks = static_cast<double>(plan.ranks.world);
-  m.activations /= static_cast<double>(plan.ranks.sequence_ranks);
   if (r.train.sharding != "none") {
     m.master_weights /= ranks;
     m.moments /= ranks;
   }
-  if (r.train.sharding == "full") {
+  if (r.train.sharding == "full" && !plan.lora) {
     m.weights /= ranks;
     m.gradients /= ranks;
   }
   std::string out = fmt::format("about {}{}: weights {}", bytes_text(m.total()),
                                 plan.ranks.several() ? " a rank" : "", bytes_text(m.weights));
-  if (bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
-  return out + fmt::format(
-                   ", gradients {}, moments {}, activations {} (micro-batches of up to {} tokens), logits {}",
-                   bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.activations),
-                   count_text(tokens), bytes_text(m.logits));
+  if (settings.bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
+  out += fmt::format(
+      ", gradients {}, moments {}, activations {} kept and {} at work (micro-batches of up to {} tokens), "
+      "output head {}",
+      bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.kept), bytes_text(m.working),
+      count_text(settings.tokens), bytes_text(m.logits));
+  if (settings.offloads) out += fmt::format("; {} of activations in host memory", bytes_text(m.host));
+  return out;
 }
 
 std::string describe_ranks(const RunPlan& plan) {
@@ -203,6 +213,7 @@ Json RunPlan::identity() const {
   out["tokenizer_sha256"] = tokenizer_sha256;
   out["training data"] = fmt::format("{} documents, {} tokens, fingerprint {}", train_data.num_documents(),
                                      train_data.num_tokens(), train_data.fingerprint());
+  if (!base_fingerprint.empty()) out["frozen weights"] = base_fingerprint;
   for (const Key& key : recipe_keys()) {
     if (key.on_resume == OnResume::kMustMatch) out[key.full_name()] = value_text(key, recipe);
   }
@@ -219,6 +230,11 @@ RunPlan make_plan(const Recipe& recipe, const Launch& launch) {
   plan.config = read_model_config(folder);
   lay_out_ranks(plan, launch);
   plan.sparsity = recipe_sparsity(recipe, plan.config.num_layers);
+  if (recipe.model.adapter == "lora") {
+    const ModelSection& m = recipe.model;
+    plan.lora = LoraOptions{m.lora_r, m.lora_alpha, m.lora_target_modules};
+    if (!m.random_init) plan.base_fingerprint = weights_fingerprint(folder);
+  }
   plan.tokenizer_path = (fs::path(folder) / "tokenizer.json").string();
   plan.tokenizer_sha256 = sha256_file(plan.tokenizer_path);
   const ShardRequirements requirements{plan.tokenizer_path, plan.tokenizer_sha256, plan.config.vocab_size};
@@ -295,6 +311,11 @@ std::string describe_plan(const RunPlan& plan) {
   add("model",
       fmt::format("{}: {}, {} layers, {} parameters, {} on {}", r.model.base_model, family_name(c.family),
                   c.num_layers, count_text(parameter_count(c)), r.model.dtype, r.model.device));
+  if (plan.lora) {
+    add("adapter", fmt::format("LoRA of rank {}, alpha {:g}, on {}; {} parameters train", plan.lora->rank,
+                               plan.lora->alpha, fmt::join(plan.lora->targets, ", "),
+                               count_text(adapter_parameter_count(c, *plan.lora))));
+  }
   add("attention", describe_attention(plan));
   out += describe_data("train", plan.train_data, plan.train, r.data.sequence_len);
   if (plan.eval_data.num_documents() > 0) {

@@ -12,6 +12,7 @@
 #include "dist/layout.h"
 #include "io/json.h"
 #include "model/config.h"
+#include "model/lora.h"
 #include "optim/schedule.h"
 #include "recipe/recipe.h"
 #include "train/flops.h"
@@ -26,6 +27,8 @@ struct RunPlan {
   std::string tokenizer_path;  // the model's tokenizer.json
   std::string tokenizer_sha256;
   std::optional<SparsityConfig> sparsity;  // of the recipe; none if it gives no budget
+  std::optional<LoraOptions> lora;         // adapters of a frozen model; none: all weights train
+  std::string base_fingerprint;            // of the frozen weights; empty when they train or are drawn
   TokenDataset train_data;
   TokenDataset eval_data;
   PackedDataset train;

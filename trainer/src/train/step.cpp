@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/stack.h>
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -26,9 +27,16 @@ at::Tensor backward(CausalLM& model, RankOptimizer& optimizer, const RunPlan& pl
   const PackedBatch batch =
       make_batch(plan.train_data, plan.train, micro_batches[mine[round]], model.device());
   optimizer.begin_micro_batch(last);
-  const at::Tensor sum = model.loss_sum(sequence_part(batch, plan.ranks));
-  sum.div(targets).backward();
-  optimizer.end_micro_batch();
+  at::Tensor sum;
+  {
+    RECORD_USER_SCOPE("forward");
+    sum = model.loss_sum(sequence_part(batch, plan.ranks));
+  }
+  {
+    RECORD_USER_SCOPE("backward");
+    sum.div(targets).backward();
+    optimizer.end_micro_batch();
+  }
   return sum.detach();
 }
 

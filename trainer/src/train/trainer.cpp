@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Generator.h>
+#include <ATen/record_function.h>
 #include <fmt/format.h>
 
 #include <chrono>
@@ -18,6 +19,7 @@
 #include "io/error.h"
 #include "model/export_hf.h"
 #include "model/model.h"
+#include "model/probe.h"
 #include "train/checkpoint.h"
 #include "train/checkpoint_dir.h"
 #include "train/console.h"
@@ -43,7 +45,8 @@ double seconds_since(Clock::time_point begin) {
 
 struct LoadedModel {
   std::unique_ptr<CausalLM> model;
-  std::vector<at::Tensor> masters;  // float32 start values; empty if the model itself is float32
+  // float32 start values of what trains; empty if the model itself is float32
+  std::vector<at::Tensor> masters;
 };
 
 LoadedModel load_model(const RunPlan& plan) {
@@ -54,10 +57,15 @@ LoadedModel load_model(const RunPlan& plan) {
   options.dtype = r.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   // Masters start from the weights as they are stored, not from their bfloat16 rounding.
   const bool stored_wider = r.model.random_init || plan.config.dtype != "bfloat16";
-  if (options.dtype == at::kBFloat16 && stored_wider) options.masters = &loaded.masters;
+  const bool rounded = options.dtype == at::kBFloat16;
+  if (rounded && stored_wider && !plan.lora) options.masters = &loaded.masters;
   loaded.model = r.model.random_init
                      ? CausalLM::create(plan.config, options, static_cast<uint64_t>(r.train.seed))
                      : CausalLM::load(r.model.base_model, options);
+  if (plan.lora) {
+    loaded.model->add_lora(*plan.lora, static_cast<uint64_t>(r.train.seed),
+                           rounded ? &loaded.masters : nullptr);
+  }
   return loaded;
 }
 
@@ -80,6 +88,7 @@ class Run {
   StepResult step(const StepPlan& micro_batches);
   void report(const StepResult& result, const StepPlan& micro_batches, double rate, double seconds);
   void skip(const StepResult& result);
+  void report_probe();
   bool evaluate_all();
   void sample();
   void save();
@@ -100,6 +109,7 @@ class Run {
   double peak_flops_ = 0;
   std::string profile_;
   std::unique_ptr<RunLog> log_;
+  std::shared_ptr<AttentionProbe> probe_;  // of the step in progress; null: it is not probed
   TrainState state_;
   int64_t saved_step_ = -1;      // of the newest checkpoint written or restored
   int64_t evaluated_step_ = -1;  // of the newest evaluation and samples
@@ -131,15 +141,17 @@ Run::Run(const RunPlan& plan, Console& console, Ranks& ranks, LoadedModel loaded
                  sharding_of(recipe_.train.sharding)),
       sampler_(plan.make_sampler()),
       flops_(plan.config, plan.sparsity_of(recipe_.attention.mode),
-             std::max<int64_t>(1, plan.train.plan.longest)),
+             std::max<int64_t>(1, plan.train.plan.longest), plan.lora),
       profile_(ranks.first() ? std::move(profile) : "") {
-  model_.set_activation_checkpointing(recompute_of(recipe_.train));
+  model_.set_activation_checkpointing(recompute_of(recipe_.train), recipe_.train.offload_activations);
   AttentionSettings attention = attention_settings(plan.sparsity_of(recipe_.attention.mode));
   attention.options.deterministic = recipe_.train.deterministic;
   model_.set_attention(attention);
   if (plan.ranks.sequence_ranks > 1) {
     model_.set_sequence_parallel(plan.ranks.sequence_ranks,
-                                 [&ranks](const Attend& inner) { return sequence_attention(ranks, inner); });
+                                 [&ranks](std::shared_ptr<const PackedAttention> inner) {
+                                   return sequence_attention(ranks, std::move(inner));
+                                 });
   }
   if (!ranks.first()) return;  // the others show nothing
   peak_flops_ = recipe_.logging.peak_tflops ? *recipe_.logging.peak_tflops * 1e12
@@ -175,6 +187,8 @@ void Run::train() {
   Json start = {{"step", state_.step},
                 {"total_steps", plan_.total_steps},
                 {"parameters", parameter_count(plan_.config)},
+                {"trained_parameters", plan_.lora ? adapter_parameter_count(plan_.config, *plan_.lora)
+                                                  : parameter_count(plan_.config)},
                 {"peak_tflops", peak_flops_ / 1e12},
                 {"peak_tflops_measured", !recipe_.logging.peak_tflops.has_value()},
                 {"threads", at::get_num_threads()},
@@ -222,6 +236,7 @@ Run::Outcome Run::loop() {
       if (norm > 0 && norm / (result.grad_norm + 1e-6) < 1) {
         optimizer_.scale_gradients(norm / (result.grad_norm + 1e-6));
       }
+      RECORD_USER_SCOPE("optimizer");
       optimizer_.step(rate);
       skips_in_a_row_ = 0;
     } else {
@@ -236,6 +251,7 @@ Run::Outcome Run::loop() {
     const double seconds = seconds_since(begin);
     seconds_per_step_ = seconds_per_step_ == 0 ? seconds : 0.8 * seconds_per_step_ + 0.2 * seconds;
     if (result.nonfinite.empty()) report(result, micro_batches, rate, seconds);
+    if (result.nonfinite.empty() && probe_ != nullptr) report_probe();
     if (state_.step == plan_.total_steps) break;
     // Save before evaluating: what was trained is worth more.
     if (due(recipe_.checkpoint.save_steps)) save();
@@ -264,6 +280,14 @@ void Run::finish() {
 }
 
 StepResult Run::step(const StepPlan& micro_batches) {
+  const int64_t every = recipe_.logging.probe_steps;
+  probe_.reset();
+  if (ranks_.first() && every > 0 && (state_.step + 1) % every == 0) {
+    std::optional<topk_attn::Options> budget;
+    if (plan_.sparsity) budget = attention_settings(plan_.sparsity).options;
+    probe_ = std::make_shared<AttentionProbe>(budget);
+  }
+  model_.set_attention_probe(probe_);
   const auto total = static_cast<double>(plan_.total_steps);
   return run_step(model_, optimizer_, plan_, micro_batches, state_.step + 1, ranks_, [&](int64_t done) {
     const double share = static_cast<double>(done) / static_cast<double>(micro_batches.size());
@@ -331,6 +355,23 @@ void Run::report(const StepResult& result, const StepPlan& micro_batches, double
                   duration_text(seconds_per_step_ * static_cast<double>(plan_.total_steps - state_.step))));
   console_.progress(static_cast<double>(state_.step), static_cast<double>(plan_.total_steps),
                     bar_text("training"));
+}
+
+void Run::report_probe() {
+  const AttentionProbeResult result = probe_->result();
+  log_->event("probe", {{"step", state_.step},
+                        {"rows", AttentionProbe::kRows},
+                        {"entropy", result.entropy},
+                        {"kept_mass", result.kept_mass}});
+  std::vector<std::pair<std::string, double>> scalars;
+  const auto add = [&](const char* name, const std::vector<double>& values) {
+    for (size_t i = 0; i < values.size(); ++i) {
+      scalars.emplace_back(fmt::format("probe/{}/layer_{:02}", name, i), values[i]);
+    }
+  };
+  add("entropy", result.entropy);
+  add("kept_mass", result.kept_mass);
+  log_->scalars(state_.step, scalars);
 }
 
 void Run::skip(const StepResult& result) {
