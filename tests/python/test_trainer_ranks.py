@@ -198,6 +198,29 @@ def test_full_sharding_with_recomputed_layers_and_an_export(bench, one_rank):
     assert all(torch.equal(exported[name], saved[name]) for name in saved)
 
 
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
+def test_recomputed_layers_over_parts_of_the_tokens(bench, one_rank, recompute):
+    """The exchanges around attention run again in the backward, or its kept result goes back to heads."""
+    train = {"sequence_parallel": 2, "gradient_checkpointing": True, "recompute": recompute, "eval_steps": 3}
+    name = f"parts-{recompute}"
+    run_ranks(2, bench.recipe(name, **settings(1, attention=TOPK, train=train)))
+    assert_equal_runs(result(bench.folder / name), one_rank("topk"))
+
+
+def test_adapters_are_divided_and_the_frozen_weights_are_not(bench):
+    lora = {"adapter": "lora", "lora_r": 4}
+    run(bench.recipe("lora-one", **settings(1, model=lora)))
+    run_ranks(2, bench.recipe("lora-two", **settings(2, model=lora, train={"sharding": "full"})))
+    assert losses(bench.folder / "lora-two") == pytest.approx(losses(bench.folder / "lora-one"), rel=1e-4)
+    got, want = (
+        load_file(bench.folder / name / f"step-{STEPS}" / "adapter_model.safetensors")
+        for name in ("lora-two", "lora-one")
+    )
+    assert got.keys() == want.keys()
+    for name in want:
+        assert (got[name] - want[name]).abs().mean() < 1e-6, name
+
+
 def test_bfloat16_parameters(bench):
     """Float32 masters are divided; the bfloat16 weights are gathered."""
     sections = settings(2, model={"dtype": "bfloat16"})
