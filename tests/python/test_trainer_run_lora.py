@@ -111,6 +111,7 @@ def test_names_of_other_trainers(bench):
     assert "model.lora_r has no effect" in run(bench.recipe(model={"lora_r": 4}), "--dry-run").stdout
 
 
+@torch.no_grad()
 def dense_probe(model, ids, rows, ratio, min_keys):
     """Entropy and kept mass of the sampled rows, a layer: from transformers' own attention weights."""
     model.set_attn_implementation("eager")
@@ -156,6 +157,7 @@ def test_probes(tmp_path, attention):
     assert [probe["step"] for probe in events(bench.folder / "seldom", "probe")] == [3]
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("select", ["head", "kv_group"])
 def test_probe_of_forced_keys_and_groups(tmp_path, select):
     """Sinks and recent keys count inside the budget; with kv_group the heads of a group share a set."""
