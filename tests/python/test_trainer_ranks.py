@@ -353,7 +353,6 @@ def test_errors_of_the_recipe_come_once(bench):
     for ranks, train, text in [
         (2, {"sequence_parallel": 3}, "train.sequence_parallel is 3: it must divide the number of ranks, 2"),
         (4, {"sequence_parallel": 4}, "it must divide the model's 4 heads and 2 KV heads"),
-        (2, {"sharding": "some"}, "train.sharding"),
     ]:
         recipe = bench.recipe("wrong", **settings(1, train=train))
         assert text in run_ranks(ranks, recipe, status=1)

@@ -159,7 +159,8 @@ void ParameterShards::on_gradient(size_t parameter) {
   member.tensor.mutable_grad().reset();
   if (!grad.defined()) return;
   if (inspecting_) {
-    if (bad_gradient_.empty() && !at::isfinite(grad).all().item<bool>()) bad_gradient_ = member.name;
+    const auto position = static_cast<int64_t>(parameter);
+    if (position > bad_gradient_ && !at::isfinite(grad).all().item<bool>()) bad_gradient_ = position;
     return;
   }
   Unit& unit = units_[member.unit];
@@ -252,7 +253,11 @@ void ParameterShards::finish_gradients() {
 
 void ParameterShards::inspect_gradients(bool on) {
   inspecting_ = on;
-  bad_gradient_.clear();
+  bad_gradient_ = -1;
+}
+
+std::string ParameterShards::bad_gradient() const {
+  return bad_gradient_ < 0 ? "" : members_[static_cast<size_t>(bad_gradient_)].name;
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -77,10 +77,10 @@ class ParameterShards {
   void gather_all();
   void release_all();
 
-  // --- looking for a value that is not finite: gradients are looked at and dropped. The name of the first
-  // that is not finite since the call, in the order of the backward.
+  // --- looking for a value that is not finite: gradients are looked at and dropped. The name of the
+  // parameter nearest to the loss whose gradient was not finite since the call; empty if none was.
   void inspect_gradients(bool on);
-  const std::string& bad_gradient() const { return bad_gradient_; }
+  std::string bad_gradient() const;
 
   // Any float32 numbers of the pieces' kind, in the order of pieces(), as whole parameters on rank 0's CPU;
   // undefined on other ranks. Collective: all ranks ask for the same parameters in the same order.
@@ -145,7 +145,7 @@ class ParameterShards {
   size_t next_sum_ = 0;  // units whose sum has been started in this backward pass
   bool keep_ = false;    // gather_all(): nothing is released
   bool inspecting_ = false;
-  std::string bad_gradient_;
+  int64_t bad_gradient_ = -1;  // position of the parameter
 };
 
 }  // namespace topk_sft
