@@ -75,6 +75,27 @@ SMOLLM2 = {
     "dtype": "bfloat16",
     "eos_token_id": 2,
 }
+LLAMA3 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "dtype": "bfloat16",
+    "eos_token_id": 2,
+}
 TINY = {
     **SMOLLM2,
     "num_hidden_layers": 2,
@@ -92,18 +113,33 @@ class Case:
     sequences: int = 1  # in a step
     recompute: str = ""  # "", all, all_but_attention
     documents: int = 1  # that a sequence is packed from
+    adapter: str = ""  # "", lora
     train: dict = field(default_factory=dict)
     stretch: int = 0  # real weights and essays, positions divided by this; 0: random
     peer: bool = False  # measured beside it
 
 
-MODELS = {"qwen3-0.6b": QWEN3, "smollm2-135m": SMOLLM2, "tiny": TINY}
+MODELS = {"qwen3-0.6b": QWEN3, "smollm2-135m": SMOLLM2, "llama3-8b": LLAMA3, "tiny": TINY}
 CASES = {
     "qwen3-8k": Case("qwen3-0.6b", 8192, peer=True),
     "qwen3-16k": Case("qwen3-0.6b", 16384, recompute="all_but_attention", peer=True),
     "qwen3-32k": Case("qwen3-0.6b", 32768, recompute="all_but_attention"),
     "qwen3-64k": Case("qwen3-0.6b", 65536, recompute="all_but_attention"),
-    "qwen3-128k": Case("qwen3-0.6b", 131072, recompute="all"),
+    "qwen3-128k": Case("qwen3-0.6b", 131072, recompute="all_but_attention"),
+    "qwen3-128k-offload": Case(
+        "qwen3-0.6b", 131072, recompute="all_but_attention", train={"offload_activations": True}
+    ),
+    "llama3-8b-8k-lora": Case("llama3-8b", 8192, recompute="all_but_attention", adapter="lora"),
+    "llama3-8b-128k-lora": Case(
+        "llama3-8b",
+        131072,
+        recompute="all_but_attention",
+        adapter="lora",
+        train={"offload_activations": True},
+    ),
+    "llama3-8b-128k-lora-all": Case(
+        "llama3-8b", 131072, recompute="all", adapter="lora", train={"offload_activations": True}
+    ),
     "qwen3-8k-packed": Case("qwen3-0.6b", 8192, documents=16),
     "smollm2-8k": Case("smollm2-135m", 8192, sequences=8),
     "smollm2-32k": Case("smollm2-135m", 32768),
@@ -199,6 +235,7 @@ def recipe(case: Case, folder: Path, attention: dict, steps: int, device: str) -
             "random_init": not case.stretch,
             "device": device,
             "dtype": "bfloat16" if device != "cpu" else "float32",
+            **({"adapter": case.adapter} if case.adapter else {}),
         },
         "data": {"train_files": [str(folder / "train.safetensors")], "sequence_len": case.length},
         "attention": attention,
@@ -258,6 +295,10 @@ def run_peer(case: Case, compiled: bool, args) -> dict:
         return {"left_out": "the peer is measured on a GPU only"}
     if importlib.util.find_spec("transformers") is None:
         return {"left_out": "transformers is not installed here"}
+    if case.adapter:
+        return {"left_out": "the peer trains all weights"}
+    if case.documents > 1:
+        return {"left_out": "sdpa in transformers takes no packed documents"}
     spec = {
         "config": MODELS[case.model],
         "sequences": case.sequences,

@@ -169,9 +169,15 @@ def test_activation_checkpointing_does_not_change_a_bit(bench):
 
 def test_profile_writes_a_chrome_trace(bench):
     trace = bench.folder / "trace.json"
-    run(bench.recipe(), "--profile", trace)
-    names = {event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"]}
-    assert any("aten::mm" in name for name in names)
+    attention = {"mode": "topk", "ratio": 0.3, "dense_layers": [0]}
+    run(bench.recipe(attention=attention), "--profile", trace)
+    recorded = json.loads(trace.read_text())["traceEvents"]
+    names = {event.get("name", "") for event in recorded}
+    # The parts of a step, and dense and top-k attention apart.
+    assert {"forward", "backward", "optimizer", "topk_attn::fwd", "topk_attn::bwd", "aten::mm"} <= names
+    assert any("scaled_dot_product" in name for name in names)
+    memory = [event["args"]["Total Allocated"] for event in recorded if event.get("name") == "[memory]"]
+    assert max(memory) > min(memory) >= 0
 
 
 def test_packing_does_not_change_the_loss(bench):

@@ -4,14 +4,18 @@
 //
 // INPUT: input_ids, position_ids, labels int64 (T), cu_seqlens int32 (docs + 1)
 //        -> loss, logits (T, V), hidden (T, N), grad.<parameter> of loss_sum
+//        with lora=: adapter.<name> float32, the values of A and B, whose gradients are written instead
+//        with probe=: probe.entropy and probe.kept_mass (layers)
 //        decode_ids int64 (B, T), optional leftpad int32 (B)
 //        -> decode_logits (T - prefill + 1, B, V): after a first call with `prefill` tokens, then one by one
 // keys:  dtype=float32|bfloat16|float64   device=cpu|cuda[:N]   attention=dense|own|{JSON block}
 //        recompute=all|all_but_attention (default: nothing)   deterministic=0|1   prefill=N
+//        chunk_tokens=N   offload=0|1   lora={"r": N, "alpha": x, "targets": [...]}   probe={JSON block}
 //        capacity=N (of the cache; default T)   export=DIR   max_shard_bytes=N
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/stack.h>
+#include <ATen/ops/tensor.h>
 #include <fmt/format.h>
 
 #include <cstdio>
@@ -22,6 +26,7 @@
 #include "io/json.h"
 #include "model/export_hf.h"
 #include "model/model.h"
+#include "model/probe.h"
 #include "model/tensor_io.h"
 
 namespace {
@@ -56,26 +61,49 @@ void run(const std::string& model_dir, const std::string& input, const std::stri
   }
   model->set_attention(attention);
   const std::string& recompute = options["recompute"];
-  model->set_activation_checkpointing(recompute == "all"                 ? Recompute::kAll
-                                      : recompute == "all_but_attention" ? Recompute::kAllButAttention
-                                                                         : Recompute::kNothing);
+  const Recompute again = recompute == "all"                 ? Recompute::kAll
+                          : recompute == "all_but_attention" ? Recompute::kAllButAttention
+                                                             : Recompute::kNothing;
+  const int64_t chunk_tokens = options.contains("chunk_tokens") ? std::stoll(options["chunk_tokens"]) : 0;
+  model->set_activation_checkpointing(again, options["offload"] == "1", chunk_tokens);
+
+  const SafetensorsFile file(input);
+  const auto tensor = [&](const std::string& name) { return read_tensor(file, file.at(name)); };
+  if (options.contains("lora")) {
+    const Json json = parse_json(options["lora"], "lora");
+    model->add_lora({json.at("r").get<int64_t>(), json.at("alpha").get<double>(),
+                     json.at("targets").get<std::vector<std::string>>()},
+                    /*seed=*/1);
+    const at::NoGradGuard no_grad;
+    for (auto& [name, parameter] : model->trained_parameters()) {
+      if (file.find("adapter." + name) != nullptr) parameter.copy_(tensor("adapter." + name));
+    }
+  }
   if (options.contains("export")) {
     const int64_t shard =
         options.contains("max_shard_bytes") ? std::stoll(options["max_shard_bytes"]) : kMaxShardBytes;
     export_hf(*model, model_dir, options["export"], model->attention(), /*replace=*/false, shard);
   }
 
-  const SafetensorsFile file(input);
-  const auto tensor = [&](const char* name) { return read_tensor(file, file.at(name)); };
   std::vector<std::pair<std::string, at::Tensor>> results;
   if (file.find("input_ids") != nullptr) {
     PackedBatch batch{tensor("input_ids"), tensor("position_ids"), tensor("labels"), tensor("cu_seqlens"), 0};
     const at::Tensor lengths = batch.cu_seqlens.diff();
     batch.max_seqlen = lengths.max().item<int64_t>();
+    std::shared_ptr<AttentionProbe> probe;
+    if (options.contains("probe")) {
+      probe = std::make_shared<AttentionProbe>(parse_attention(options["probe"], model->config()).options);
+      model->set_attention_probe(probe);
+    }
     const at::Tensor loss = model->loss_sum(batch);
     loss.backward();
     results.emplace_back("loss", loss.detach());
-    for (const auto& [name, parameter] : model->named_parameters()) {
+    if (probe != nullptr) {
+      const AttentionProbeResult seen = probe->result();
+      results.emplace_back("probe.entropy", at::tensor(seen.entropy, at::kDouble));
+      results.emplace_back("probe.kept_mass", at::tensor(seen.kept_mass, at::kDouble));
+    }
+    for (const auto& [name, parameter] : model->trained_parameters()) {
       if (!parameter.grad().defined()) fail("{} got no gradient", name);
       results.emplace_back("grad." + name, parameter.grad());
     }

@@ -257,14 +257,48 @@ TEST_CASE("FLOPs of a tiny model, counted by hand", "[flops]") {
   CHECK(sparse.document(4, 3).spent == Approx(rest + 6 * 64 * 10 + 64 * (10 + 5 * 7)));
 }
 
+TEST_CASE("FLOPs of a frozen model with adapters", "[flops]") {
+  const ModelConfig c = tiny_config();
+  const LoraOptions lora{4, 8.0, {"q_proj", "down_proj"}};
+  // A layer: A (4, 16) and B (32, 4) of q; A (4, 32) and B (16, 4) of down.
+  const double adapters = 2 * (4 * (16 + 32) + 4 * (32 + 16));
+  CHECK(static_cast<double>(adapter_parameter_count(c, lora)) == adapters);
+  const double layer = 1024 + 512 + 1536;
+  const double rest = 4 * (4 * 2 * layer + 6 * adapters) + 3 * 4 * 1600;
+  CHECK(FlopCounter(c, std::nullopt, 4, lora).document(4, 3).spent == Approx(rest + 2 * 6 * 64 * 10));
+}
+
 TEST_CASE("the memory estimate follows the settings", "[flops]") {
   const ModelConfig c = tiny_config();
-  const MemoryEstimate plain = estimate_memory(c, false, 128, 0, false);
+  const auto parameters = static_cast<double>(parameter_count(c));
+  const auto estimate = [&](auto change) {
+    MemorySettings settings;
+    settings.tokens = settings.longest = 128;
+    change(settings);
+    return estimate_memory(c, settings);
+  };
+  const MemoryEstimate plain = estimate([](MemorySettings&) {});
   CHECK(plain.master_weights == 0);
-  CHECK(plain.moments == 8.0 * static_cast<double>(parameter_count(c)));
-  CHECK(estimate_memory(c, true, 128, 0, false).master_weights ==
-        4.0 * static_cast<double>(parameter_count(c)));
-  CHECK(estimate_memory(c, false, 128, 0, true).activations < plain.activations);
-  CHECK(estimate_memory(c, false, 128, 16, false).activations > plain.activations);
-  CHECK(estimate_memory(c, false, 256, 0, false).activations == 2 * plain.activations);
+  CHECK(plain.moments == 8 * parameters);
+  CHECK(plain.host == 0);
+  CHECK(estimate([](MemorySettings& s) { s.bfloat16 = true; }).master_weights == 4 * parameters);
+  CHECK(estimate([](MemorySettings& s) { s.kept = 16; }).kept > plain.kept);
+  CHECK(estimate([](MemorySettings& s) { s.tokens = 256; }).kept == 2 * plain.kept);
+
+  const MemoryEstimate input = estimate([](MemorySettings& s) { s.checkpointing = true; });
+  CHECK(input.kept == 2 * 128 * 16 * 4);  // two layers, hidden size 16, float32
+  const MemoryEstimate results =
+      estimate([](MemorySettings& s) { s.checkpointing = s.keeps_attention = true; });
+  const double attended = c.num_heads * c.head_dim * 4 + c.num_heads * 4;  // the result and lse
+  CHECK(results.kept == input.kept + 2 * 128 * attended);
+  const MemoryEstimate away =
+      estimate([](MemorySettings& s) { s.checkpointing = s.keeps_attention = s.offloads = true; });
+  CHECK(away.host == results.kept);
+
+  const LoraOptions lora{4, 8.0, {"q_proj"}};
+  const MemoryEstimate frozen = estimate([&](MemorySettings& s) { s.lora = lora; });
+  const auto adapters = static_cast<double>(adapter_parameter_count(c, lora));
+  CHECK(frozen.weights == 4 * (parameters + adapters));
+  CHECK(frozen.moments == 8 * adapters);
+  CHECK(frozen.gradients == 4 * adapters);
 }

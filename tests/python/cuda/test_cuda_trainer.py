@@ -66,6 +66,10 @@ CONFIGS = {
         "tie_word_embeddings": False,
     },
 }
+# Layers enough for activations to leave the device.
+CONFIGS["deep"] = {**CONFIGS["qwen3"], "num_hidden_layers": 6}
+FAMILIES = ("qwen3", "llama")
+LORA = {"r": 8, "alpha": 16.0, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]}
 BATCHES = {"one document": [1000], "several documents": [300, 1, 211, 512]}
 
 
@@ -191,6 +195,20 @@ class Probe:
         self.model = write_model(folder / "model", CONFIGS[family])
         self.batch = write_batch(folder / "batch.safetensors", lengths, 1000)
 
+    def adapt(self) -> None:
+        """Values of LORA's A and B beside the batch, none of them zero."""
+        generator = torch.Generator().manual_seed(2)
+        tensors = load(self.batch)
+        for name, weight in load(self.model / "model.safetensors").items():
+            base = name.removesuffix(".weight")
+            if base.split(".")[-1] in LORA["targets"]:
+                rows, columns = weight.shape
+                shapes = {"A": (LORA["r"], columns), "B": (rows, LORA["r"])}
+                for letter, shape in shapes.items():
+                    values = 0.05 * torch.randn(shape, generator=generator)
+                    tensors[f"adapter.{base}.lora_{letter}.weight"] = values
+        save(self.batch, tensors)
+
     def __call__(self, **options) -> dict[str, torch.Tensor]:
         out = self.folder / "out.safetensors"
         out.unlink(missing_ok=True)
@@ -207,7 +225,7 @@ def distance(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_float32_dense_equals_the_cpu(gpu, family, lengths, tmp_path):
     probe = Probe(tmp_path, family, lengths)
     want, got = probe(device="cpu"), probe(device="cuda")
@@ -217,7 +235,7 @@ def test_float32_dense_equals_the_cpu(gpu, family, lengths, tmp_path):
 
 
 @pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_dense_is_as_near_to_float32_as_the_cpu(gpu, family, lengths, tmp_path):
     probe = Probe(tmp_path, family, lengths)
     want = probe(device="cpu")
@@ -235,6 +253,60 @@ def test_checkpointing_changes_no_bit(gpu, recompute, attention, tmp_path):
     plain, again = probe(**settings), probe(**settings, recompute=recompute)
     for name in plain:
         assert plain[name].equal(again[name]), name
+
+
+ATTENTIONS = pytest.mark.parametrize(
+    "attention", ["dense", {"version": 1, "ratio": 0.05}], ids=["dense", "topk"]
+)
+
+
+@ATTENTIONS
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
+def test_offload_changes_no_bit(gpu, recompute, attention, tmp_path):
+    """Tensors above 1 MiB of six layers, of which two are on the device at a time."""
+    probe = Probe(tmp_path, "deep", [1500, 2596])
+    settings = {"device": "cuda", "dtype": "bfloat16", "attention": attention, "deterministic": 1}
+    plain = probe(**settings)
+    again = probe(**settings, recompute=recompute, offload=1)
+    for name in plain:
+        assert plain[name].equal(again[name]), name
+
+
+@pytest.mark.parametrize("lengths", [[4096], [1024] * 4, [1500, 2596]], ids=["one", "equal", "packed"])
+@pytest.mark.parametrize("recompute", ["all", "all_but_attention"])
+def test_chunks_and_separate_attention_lose_nothing(gpu, recompute, lengths, tmp_path):
+    """Not deterministic, so that cuDNN serves where it can: as near to float32 as without checkpointing."""
+    probe = Probe(tmp_path, "qwen3", lengths)
+    settings = {"device": "cuda", "dtype": "bfloat16"}
+    exact = probe(device="cuda")
+    plain = probe(**settings)
+    again = probe(**settings, recompute=recompute, chunk_tokens=1000, offload=1)
+    for name in plain:
+        assert distance(again[name], exact[name]) < 1.1 * distance(plain[name], exact[name]) + 1e-3, name
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES.keys())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_equal_the_cpu(gpu, family, lengths, tmp_path):
+    """float32: the loss and the gradients of A and B, neither of which is zero."""
+    probe = Probe(tmp_path, family, lengths)
+    probe.adapt()
+    want, got = (probe(device=device, lora=LORA) for device in ("cpu", "cuda"))
+    assert want.keys() == got.keys() and sum("lora_A" in name for name in want) == 2 * len(LORA["targets"])
+    for name in want:
+        assert distance(got[name], want[name]) < 2e-5, name
+    cpu, half = (probe(device=device, lora=LORA, dtype="bfloat16") for device in ("cpu", "cuda"))
+    for name in want:
+        assert distance(half[name], want[name]) < 1.3 * distance(cpu[name], want[name]) + 1e-3, name
+
+
+@ATTENTIONS
+def test_the_probe_equals_the_cpu(gpu, attention, tmp_path):
+    probe = Probe(tmp_path, "qwen3", [300, 211, 512])
+    budget = {"version": 1, "ratio": 0.05, "sink": 2, "recent": 3}
+    want, got = (probe(device=device, attention=attention, probe=budget) for device in ("cpu", "cuda"))
+    for name in ("probe.entropy", "probe.kept_mass"):
+        assert distance(got[name], want[name]) < 1e-4, name
 
 
 def write_shard(path: Path, documents: int, length: int, vocabulary: int, tokenizer: bytes) -> None:

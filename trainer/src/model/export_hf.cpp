@@ -96,11 +96,13 @@ void write_config(const std::string& source_dir, const std::string& target, at::
   write_file_atomic((fs::path(target) / "config.json").string(), changed ? config.dump(2) + "\n" : text);
 }
 
-void write_shard(const std::string& path, const Parameters& parameters, size_t begin, size_t end) {
+void write_shard(const std::string& path, const CausalLM& model, const Parameters& parameters, size_t begin,
+                 size_t end) {
   SafetensorsWriter writer(path, {{"format", "pt"}});
   for (size_t i = begin; i < end; ++i) declare_tensor(writer, parameters[i].first, parameters[i].second);
   for (size_t i = begin; i < end; ++i) {
-    const auto& [name, tensor] = parameters[i];
+    const std::string& name = parameters[i].first;
+    const at::Tensor tensor = model.merged(name);
     if (!at::isfinite(tensor.detach()).all().item<bool>())
       fail("tensor {} holds NaN or infinite values", name);
     write_tensor(writer, name, tensor);
@@ -108,7 +110,8 @@ void write_shard(const std::string& path, const Parameters& parameters, size_t b
   writer.commit();
 }
 
-void write_weights(const std::string& target, const Parameters& parameters, int64_t max_shard_bytes) {
+void write_weights(const std::string& target, const CausalLM& model, int64_t max_shard_bytes) {
+  const Parameters parameters = model.named_parameters();
   // first[s] is the first parameter of shard s; a shard takes at least one.
   std::vector<size_t> first = {0};
   int64_t shard_bytes = 0;
@@ -125,13 +128,13 @@ void write_weights(const std::string& target, const Parameters& parameters, int6
   const size_t shards = first.size();
   first.push_back(parameters.size());
   if (shards == 1) {
-    write_shard((fs::path(target) / "model.safetensors").string(), parameters, 0, parameters.size());
+    write_shard((fs::path(target) / "model.safetensors").string(), model, parameters, 0, parameters.size());
     return;
   }
   Json weight_map = Json::object();
   for (size_t s = 0; s < shards; ++s) {
     const std::string name = fmt::format("model-{:05}-of-{:05}.safetensors", s + 1, shards);
-    write_shard((fs::path(target) / name).string(), parameters, first[s], first[s + 1]);
+    write_shard((fs::path(target) / name).string(), model, parameters, first[s], first[s + 1]);
     for (size_t i = first[s]; i < first[s + 1]; ++i) weight_map[parameters[i].first] = name;
   }
   const Json index = {{"metadata", {{"total_size", total_bytes}}}, {"weight_map", weight_map}};
@@ -162,7 +165,7 @@ void export_hf(const CausalLM& model, const std::string& source_dir, const std::
   try {
     copy_other_files(source_dir, folder.path());
     write_config(source_dir, folder.path(), model.dtype(), attention);
-    write_weights(folder.path(), model.named_parameters(), max_shard_bytes);
+    write_weights(folder.path(), model, max_shard_bytes);
     folder.commit();
   } catch (const std::exception& error) {
     fail("export to {}: {}", target_dir, error.what());

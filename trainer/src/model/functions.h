@@ -5,18 +5,26 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
-#include <functional>
 #include <vector>
 
 #include "model/rope.h"
 
 namespace topk_sft {
 
-// A linear map; bias is undefined when the model has none.
+// A linear map; bias is undefined when the model has none, lora_a and lora_b when there is no adapter. With
+// one the map is x -> weight x + bias + lora_scaling lora_b (lora_a x), and the product is added to the
+// rounded result of the weight.
 struct Linear {
   at::Tensor weight;  // (out, in)
   at::Tensor bias;    // (out)
+  at::Tensor lora_a;  // (rank, in)
+  at::Tensor lora_b;  // (out, rank)
+  double lora_scaling = 0.0;
+
+  static constexpr size_t kTensors = 4;
+  std::array<at::Tensor, kTensors> tensors() const { return {weight, bias, lora_a, lora_b}; }
   at::Tensor operator()(const at::Tensor& x) const;
 };
 
@@ -46,12 +54,5 @@ at::Tensor swiglu_linear(const at::Tensor& gate, const at::Tensor& up, const Lin
 // float32.
 at::Tensor linear_cross_entropy_sum(const at::Tensor& hidden, const at::Tensor& weight,
                                     const at::Tensor& labels);
-
-// function(inputs), of which only the inputs are kept for the backward, which calls `function` again.
-// `function` must be deterministic and may read, besides its inputs, only `parameters` as differentiable
-// tensors; their gradients come out as if it had been called directly.
-using TensorFunction = std::function<std::vector<at::Tensor>(const std::vector<at::Tensor>&)>;
-std::vector<at::Tensor> checkpoint(const TensorFunction& function, const std::vector<at::Tensor>& inputs,
-                                   const std::vector<at::Tensor>& parameters);
 
 }  // namespace topk_sft

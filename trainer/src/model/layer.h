@@ -38,12 +38,4 @@ at::Tensor layer_output(const ModelConfig& config, const Layer& layer, const at:
 at::Tensor layer_forward(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
                          const RopeTable& rope, const Attend& attend);
 
-// Causal attention inside each document, on torch's kernels. q (T, H, D), k and v (T, Hkv, D); cu_seqlens
-// int32 (docs + 1) on their device and `bounds`, the same on the host. No KV head is repeated in memory.
-//
-// CUDA, 16-bit: one document runs on cuDNN, several in one call of the varlen flash kernels, which also serve
-// runs that must be deterministic. Elsewhere each document is one call of scaled_dot_product_attention.
-at::Tensor dense_attention(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                           const at::Tensor& cu_seqlens, const std::vector<int64_t>& bounds);
-
 }  // namespace topk_sft

@@ -5,19 +5,27 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_scaled_dot_product_flash_attention.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/embedding.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
+#include <map>
 
 #include "io/error.h"
+#include "model/attention.h"
 #include "model/functions.h"
 #include "model/layer.h"
+#include "model/layer_checkpoint.h"
+#include "model/offload.h"
+#include "model/probe.h"
 #include "model/weights.h"
 
 namespace topk_sft {
@@ -38,6 +46,16 @@ struct CausalLM::Impl {
   AttentionSettings attention;
   std::vector<bool> layer_is_sparse;
   Recompute recompute = Recompute::kNothing;
+  int64_t chunk_tokens = 0;
+  std::unique_ptr<Offload> offload;
+  std::shared_ptr<AttentionProbe> probe;
+
+  std::vector<std::pair<std::string, at::Tensor>> adapters;  // A and B by turns
+  std::map<std::string, const Linear*> adapted;              // by the name of the weight
+
+  LayerHooks hooks;
+  int64_t sequence_ranks = 1;
+  AttentionOfPart sequence_attention;
 
   Impl(const ModelConfig& model_config, const LoadOptions& options);
   void bind_parameters();
@@ -105,8 +123,8 @@ at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
   return tensor.to(at::TensorOptions().device(device), /*non_blocking=*/true);
 }
 
-Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device,
-                    bool need_bounds) {
+Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device, bool need_bounds,
+                    int64_t sequence_ranks) {
   check_vector(batch.input_ids, "input_ids", at::kLong, -1);
   const int64_t tokens = batch.input_ids.size(0);
   if (tokens == 0) fail("batch: input_ids is empty");
@@ -119,7 +137,7 @@ Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Dev
                   on_device(batch.cu_seqlens, device),
                   {}};
   if (need_bounds || batch.cu_seqlens.device().is_cpu()) {
-    packing.bounds = check_bounds(batch.cu_seqlens, tokens, batch.max_seqlen);
+    packing.bounds = check_bounds(batch.cu_seqlens, tokens * sequence_ranks, batch.max_seqlen);
   }
   return packing;
 }
@@ -153,8 +171,12 @@ CausalLM::Impl::Impl(const ModelConfig& model_config, const LoadOptions& options
 
 void CausalLM::Impl::add_parameter(const std::string& name, const at::Tensor& values,
                                    const LoadOptions& options) {
+  if (options.masters == nullptr) {
+    parameters.emplace_back(name, values.to(options.dtype).to(options.device));
+    return;
+  }
   const at::Tensor there = values.to(options.device);
-  if (options.masters != nullptr) options.masters->push_back(there.to(at::kFloat));
+  options.masters->push_back(there.to(at::kFloat));
   parameters.emplace_back(name, there.to(options.dtype));
 }
 
@@ -209,9 +231,8 @@ std::unique_ptr<CausalLM> CausalLM::load(const std::string& hf_dir, const LoadOp
 std::unique_ptr<CausalLM> CausalLM::create(const ModelConfig& config, const LoadOptions& options,
                                            uint64_t seed) {
   auto impl = std::make_unique<Impl>(config, options);
-  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
   for (const ParameterSpec& spec : parameter_specs(config)) {
-    impl->add_parameter(spec.name, draw_parameter(spec, config, generator), options);
+    impl->add_parameter(spec.name, draw_parameter(spec, config, seed), options);
   }
   impl->bind_parameters();
   return std::unique_ptr<CausalLM>(new CausalLM(std::move(impl)));
@@ -232,11 +253,106 @@ at::Device CausalLM::device() const {
 const AttentionSettings& CausalLM::attention() const {
   return impl_->attention;
 }
-void CausalLM::set_activation_checkpointing(Recompute recompute) {
+void CausalLM::set_activation_checkpointing(Recompute recompute, bool offload, int64_t chunk_tokens) {
+  if (chunk_tokens < 0) fail("checkpointing: chunk_tokens must be at least 0, got {}", chunk_tokens);
+  if (offload && recompute == Recompute::kNothing) fail("offload needs activation checkpointing");
   impl_->recompute = recompute;
+  impl_->chunk_tokens = chunk_tokens;
+  impl_->offload = offload ? std::make_unique<Offload>(impl_->device) : nullptr;
+}
+void CausalLM::set_attention_probe(std::shared_ptr<AttentionProbe> probe) {
+  impl_->probe = std::move(probe);
 }
 std::vector<std::pair<std::string, at::Tensor>> CausalLM::named_parameters() const {
   return impl_->parameters;
+}
+void CausalLM::set_layer_hooks(LayerHooks hooks) {
+  impl_->hooks = std::move(hooks);
+}
+void CausalLM::set_sequence_parallel(int64_t ranks, AttentionOfPart attention) {
+  const ModelConfig& config = impl_->config;
+  if (config.num_kv_heads % ranks != 0) {
+    fail(
+        "sequence parallelism over {} ranks needs a number of KV heads that is a multiple of it, the model "
+        "has {}",
+        ranks, config.num_kv_heads);
+  }
+  impl_->sequence_ranks = ranks;
+  impl_->sequence_attention = std::move(attention);
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Adapters
+// ---------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+Linear& map_of(Layer& layer, const std::string& target) {
+  static const std::map<std::string, Linear Layer::*> maps = {
+      {"q_proj", &Layer::q},       {"k_proj", &Layer::k},   {"v_proj", &Layer::v},      {"o_proj", &Layer::o},
+      {"gate_proj", &Layer::gate}, {"up_proj", &Layer::up}, {"down_proj", &Layer::down}};
+  const auto found = maps.find(target);
+  if (found == maps.end()) fail("lora: there is no map {}", printable(target));
+  return layer.*found->second;
+}
+
+}  // namespace
+
+void CausalLM::add_lora(const LoraOptions& lora, uint64_t seed, std::vector<at::Tensor>* masters) {
+  Impl& m = *impl_;
+  if (!m.adapters.empty()) fail("lora: the model has adapters already");
+  if (lora.rank < 1) fail("lora: the rank must be at least 1, got {}", lora.rank);
+  if (lora.targets.empty()) fail("lora: there is no map to adapt");
+  for (auto& [name, parameter] : m.parameters) parameter.set_requires_grad(false);
+  at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(seed);
+  const auto add = [&](const std::string& name, const at::Tensor& values) {
+    const at::Tensor there = values.to(m.device);
+    if (masters != nullptr) masters->push_back(there);
+    at::Tensor parameter = there.to(m.dtype, /*non_blocking=*/false, /*copy=*/true);
+    parameter.set_requires_grad(true);
+    m.adapters.emplace_back(name, parameter);
+    return parameter;
+  };
+  for (size_t i = 0; i < m.layers.size(); ++i) {
+    // In the order of kLoraTargets, whatever the order of the request.
+    for (const std::string target : kLoraTargets) {
+      if (std::count(lora.targets.begin(), lora.targets.end(), target) == 0) continue;
+      Linear& map = map_of(m.layers[i], target);
+      const int64_t out = map.weight.size(0);
+      const int64_t in = map.weight.size(1);
+      const char* block =
+          target.ends_with("o_proj") || target[0] == 'q' || target[0] == 'k' || target[0] == 'v' ? "self_attn"
+                                                                                                 : "mlp";
+      const std::string name = fmt::format("model.layers.{}.{}.{}", i, block, target);
+      const double bound = 1.0 / std::sqrt(static_cast<double>(in));
+      map.lora_a =
+          add(name + ".lora_A.weight", at::empty({lora.rank, in}).uniform_(-bound, bound, generator));
+      map.lora_b = add(name + ".lora_B.weight", at::zeros({out, lora.rank}));
+      map.lora_scaling = lora.scaling();
+      m.adapted[name + ".weight"] = &map;
+    }
+  }
+  for (const std::string& target : lora.targets) map_of(m.layers.front(), target);  // known, all of them
+}
+
+std::vector<std::pair<std::string, at::Tensor>> CausalLM::trained_parameters() const {
+  return impl_->adapters.empty() ? impl_->parameters : impl_->adapters;
+}
+
+at::Tensor CausalLM::merged(const std::string& name) const {
+  const Impl& m = *impl_;
+  const at::NoGradGuard no_grad;
+  if (const auto found = m.adapted.find(name); found != m.adapted.end()) {
+    const Linear& map = *found->second;
+    const at::ScalarType wide = m.dtype == at::kDouble ? at::kDouble : at::kFloat;
+    return at::addmm(map.weight.to(wide), map.lora_b.to(wide), map.lora_a.to(wide), /*beta=*/1,
+                     /*alpha=*/map.lora_scaling)
+        .to(m.dtype);
+  }
+  for (const auto& [other, parameter] : m.parameters) {
+    if (other == name) return parameter.detach();
+  }
+  fail("the model has no parameter {}", printable(name));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -301,63 +417,41 @@ void CausalLM::set_attention(const AttentionSettings& settings) {
 // Packed forward
 // ---------------------------------------------------------------------------------------------------------------
 
-namespace {
-
-at::Tensor run_layer(const ModelConfig& config, const Layer& layer, const at::Tensor& x,
-                     const std::shared_ptr<const RopeTable>& rope, const Attend& attend,
-                     Recompute recompute) {
-  using Tensors = std::vector<at::Tensor>;
-  // The closures own what they read: they run again in the backward.
-  const auto heads = [&config, layer, rope](const Tensors& in) {
-    return layer_heads(config, layer, in[0], *rope);
-  };
-  const auto output = [&config, layer](const Tensors& in) {
-    return Tensors{layer_output(config, layer, in[0], in[1])};
-  };
-  const auto whole = [&config, layer, rope, attend](const Tensors& in) {
-    return Tensors{layer_forward(config, layer, in[0], *rope, attend)};
-  };
-  if (recompute == Recompute::kNothing) return whole({x})[0];
-  Tensors head_parameters = layer.head_parameters();
-  const Tensors output_parameters = layer.output_parameters();
-  if (recompute == Recompute::kAllButAttention) {
-    const Tensors qkv = checkpoint(heads, {x}, head_parameters);
-    return checkpoint(output, {x, attend(qkv[0], qkv[1], qkv[2])}, output_parameters)[0];
-  }
-  head_parameters.insert(head_parameters.end(), output_parameters.begin(), output_parameters.end());
-  return checkpoint(whole, {x}, head_parameters)[0];
-}
-
-}  // namespace
-
 at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
   const Impl& m = *impl_;
   if (m.attention.topk && m.attention.prefill_dense) {
     fail("attention: prefill \"dense\" is a decoding mode; the packed forward needs prefill \"topk\"");
   }
   const bool any_dense = std::count(m.layer_is_sparse.begin(), m.layer_is_sparse.end(), false) > 0;
+  const bool probing = m.probe != nullptr && at::GradMode::is_enabled();
   // Shared with the checkpointed layers, which run again in the backward, after this function returned.
-  const auto packing = std::make_shared<const Packing>(check_batch(batch, m.config, m.device, any_dense));
+  const Packing packing = check_batch(batch, m.config, m.device, any_dense || probing, m.sequence_ranks);
   const auto rope =
-      std::make_shared<const RopeTable>(rope_table(packing->positions, m.inv_freq, m.rope_scaling, m.dtype));
+      std::make_shared<const RopeTable>(rope_table(packing.positions, m.inv_freq, m.rope_scaling, m.dtype));
+  std::shared_ptr<const PackedAttention> dense, topk;
+  if (any_dense) dense = dense_attention(packing.cu_seqlens, packing.bounds);
+  if (m.attention.topk) topk = topk_attention(packing.cu_seqlens, batch.max_seqlen, m.attention.options);
+  if (probing) m.probe->begin(packing.bounds, m.config.num_layers, m.device);
+  CheckpointOptions checkpointing;
+  checkpointing.keep_attention = m.recompute == Recompute::kAllButAttention;
+  checkpointing.chunk_tokens = m.chunk_tokens;
+  checkpointing.offload = m.offload.get();
 
-  at::Tensor x = m.embed(packing->ids);
+  at::Tensor x = m.embed(packing.ids);
   for (size_t i = 0; i < m.layers.size(); ++i) {
-    const Layer& layer = m.layers[i];
-    Attend attend;
-    if (m.layer_is_sparse[i]) {
-      attend = [packing, max_seqlen = batch.max_seqlen, options = m.attention.options](
-                   const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-        return topk_attn::topk_attn_varlen_func(q, k, v, packing->cu_seqlens, packing->cu_seqlens, max_seqlen,
-                                                max_seqlen, options)
-            .out;
-      };
+    std::shared_ptr<const PackedAttention> attention = m.layer_is_sparse[i] ? topk : dense;
+    if (probing) attention = probed_attention(attention, m.probe, static_cast<int64_t>(i));
+    if (m.sequence_ranks > 1) attention = m.sequence_attention(attention);
+    if (m.hooks.enter) x = m.hooks.enter(static_cast<int64_t>(i), x);
+    if (m.recompute == Recompute::kNothing) {
+      x = layer_forward(m.config, m.layers[i], x, *rope,
+                        [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+                          return attention->attend(q, k, v);
+                        });
     } else {
-      attend = [packing](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-        return dense_attention(q, k, v, packing->cu_seqlens, packing->bounds);
-      };
+      x = checkpointed_layer(m.config, m.layers[i], x, rope, attention, checkpointing);
     }
-    x = run_layer(m.config, layer, x, rope, attend, m.recompute);
+    if (m.hooks.leave) x = m.hooks.leave(static_cast<int64_t>(i), x);
   }
   return rms_norm(x, m.final_norm, m.config.rms_norm_eps);
 }

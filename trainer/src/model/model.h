@@ -8,13 +8,16 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "model/attention.h"
 #include "model/config.h"
+#include "model/lora.h"
 #include "topk_attn/kv_cache.h"
 #include "topk_attn/topk_attn.h"
 
@@ -54,7 +57,7 @@ struct LoadOptions {
 // What the backward computes again instead of keeping it.
 enum class Recompute {
   kNothing,
-  kAllButAttention,  // keeps each layer's input, its rotated heads and what attention returns and saves
+  kAllButAttention,  // keeps each layer's input and what attention returns, with its selection
   kAll,              // keeps each layer's input
 };
 
@@ -69,6 +72,8 @@ struct KvState {
                                // experiment), single-token calls by the model's settings; starts as
                                // AttentionSettings::prefill_dense
 };
+
+class AttentionProbe;
 
 class CausalLM {
  public:
@@ -90,13 +95,41 @@ class CausalLM {
 
   void set_attention(const AttentionSettings& settings);  // Error when it cannot be honoured
   const AttentionSettings& attention() const;
-  // The gradients are the same to the bit.
-  void set_activation_checkpointing(Recompute recompute);
+  // What the layers keep (layer_checkpoint.h). `offload`: what is kept waits in pinned host memory; only on a
+  // CUDA device. `chunk_tokens`: tokens at a time outside attention, 0: by the model's size; gradients are
+  // the same to the bit where one chunk holds all tokens.
+  void set_activation_checkpointing(Recompute recompute, bool offload = false, int64_t chunk_tokens = 0);
+
+  // Freezes all parameters and gives the maps that `lora` names an adapter, in the model's dtype: A uniform
+  // within 1 / sqrt(in), drawn from `seed`, B zero. `masters`, if not null, gets their float32 values.
+  void add_lora(const LoraOptions& lora, uint64_t seed, std::vector<at::Tensor>* masters = nullptr);
+  // What trains: the adapters' A and B, named <map>.lora_A.weight and <map>.lora_B.weight, layer by layer;
+  // all parameters without adapters.
+  std::vector<std::pair<std::string, at::Tensor>> trained_parameters() const;
+  // A parameter of named_parameters() with its adapter merged in: the sum is taken in float32 and rounded
+  // once.
+  at::Tensor merged(const std::string& name) const;
+
+  // Records attention entropies in the next forward passes that compute gradients; null: no more.
+  void set_attention_probe(std::shared_ptr<AttentionProbe> probe);
 
   // Hugging Face names, a tied weight once (as model.embed_tokens.weight), in a fixed order: embedding,
   // layers, final norm, lm_head. The tensors are the model's own leaves: updating them in place updates the
   // model.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
+
+  // For a model whose parameters are not all in memory: called around each layer of the packed forward, with
+  // its number and the hidden states, which they return; their gradients are asked for in the backward.
+  // Empty: none.
+  struct LayerHooks {
+    std::function<at::Tensor(int64_t, const at::Tensor&)> enter, leave;
+  };
+  void set_layer_hooks(LayerHooks hooks);
+  // For sequence parallelism: batches hold one of `ranks` equal parts of the tokens whose documents
+  // cu_seqlens bounds, and `attention` makes attention over a part of attention over all tokens.
+  using AttentionOfPart =
+      std::function<std::shared_ptr<const PackedAttention>(std::shared_ptr<const PackedAttention>)>;
+  void set_sequence_parallel(int64_t ranks, AttentionOfPart attention);
 
   // (T, hidden_size) after the final norm.
   at::Tensor hidden_states(const PackedBatch& batch) const;

@@ -1,6 +1,8 @@
 // Names, shapes, reading with its checks, and random initialisation.
 #include "model/weights.h"
 
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Parallel.h>
 #include <ATen/core/Generator.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/isfinite.h>
@@ -17,6 +19,8 @@
 
 namespace topk_sft {
 namespace {
+
+constexpr int64_t kDrawnAtOnce = int64_t{1} << 22;
 
 bool ends_with(const std::string& text, std::string_view end) {
   return text.ends_with(end);
@@ -132,10 +136,23 @@ void check_names(const SafetensorsFolder& folder, const std::vector<ParameterSpe
   }
 }
 
-at::Tensor draw_parameter(const ParameterSpec& spec, const ModelConfig& config, at::Generator& generator) {
+at::Tensor draw_parameter(const ParameterSpec& spec, const ModelConfig& config, uint64_t seed) {
   if (ends_with(spec.name, ".bias")) return at::zeros(spec.shape);
   if (ends_with(spec.name, "norm.weight")) return at::ones(spec.shape);
-  at::Tensor weight = at::empty(spec.shape).normal_(0.0, config.initializer_range, generator);
+  at::Tensor weight = at::empty(spec.shape);
+  const at::Tensor flat = weight.flatten();
+  uint64_t of_name = 0xcbf29ce484222325;  // FNV-1a
+  for (const char c : spec.name) of_name = (of_name ^ static_cast<uint8_t>(c)) * 0x100000001b3;
+  const int64_t pieces = (flat.numel() + kDrawnAtOnce - 1) / kDrawnAtOnce;
+  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t piece = begin; piece < end; ++piece) {
+      const uint64_t mixed = seed * 0x9e3779b97f4a7c15 ^ of_name ^ static_cast<uint64_t>(piece) << 40;
+      at::Generator generator = at::make_generator<at::CPUGeneratorImpl>(mixed * 0xbf58476d1ce4e5b9 >> 1);
+      const int64_t at = piece * kDrawnAtOnce;
+      flat.narrow(0, at, std::min(kDrawnAtOnce, flat.numel() - at))
+          .normal_(0.0, config.initializer_range, generator);
+    }
+  });
   if (spec.name == "model.embed_tokens.weight" && config.pad_token_id) weight[*config.pad_token_id].zero_();
   return weight;
 }

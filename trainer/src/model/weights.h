@@ -30,8 +30,8 @@ at::Tensor read_parameter(const SafetensorsFolder& folder, const ParameterSpec& 
 void check_names(const SafetensorsFolder& folder, const std::vector<ParameterSpec>& specs,
                  const ModelConfig& config, const std::string& where);
 
-// One parameter as transformers initialises it; draws come from the CPU generator, so the device changes
-// nothing.
-at::Tensor draw_parameter(const ParameterSpec& spec, const ModelConfig& config, at::Generator& generator);
+// One parameter as transformers initialises it, on the CPU. Pieces of it are drawn from generators of their
+// own, so that all cores share the work and their number changes nothing.
+at::Tensor draw_parameter(const ParameterSpec& spec, const ModelConfig& config, uint64_t seed);
 
 }  // namespace topk_sft

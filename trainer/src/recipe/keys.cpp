@@ -4,6 +4,8 @@
 #include <charconv>
 #include <cmath>
 
+#include "model/lora.h"
+
 namespace topk_sft {
 
 namespace {
@@ -53,11 +55,48 @@ std::vector<Key> make_keys() {
        {"auto", "float32", "bfloat16"},
        {"torch_dtype"},
        {{"fp32", "float32"}, {"float", "float32"}, {"bf16", "bfloat16"}}},
-      {"model", "device", RECIPE_FIELD(model.device), kMayChange, "Where to compute: cpu, cuda or cuda:N."},
+      {"model", "device", RECIPE_FIELD(model.device), kMayChange,
+       "Where to compute: cpu, cuda or cuda:N. With several ranks cuda is each one's own GPU."},
       {"model", "random_init", RECIPE_FIELD(model.random_init), kFree,
        "Start from random weights, drawn from train.seed, with the shapes of base_model's config.json, "
        "instead of "
        "reading its weights."},
+      {"model",
+       "adapter",
+       RECIPE_FIELD(model.adapter),
+       kMustMatch,
+       "lora: the model is frozen, and low-rank adapters of some of its maps train instead: a weight W "
+       "becomes "
+       "W + lora_alpha / lora_r * B A. Checkpoints hold the adapters only; the exported model has them "
+       "merged.",
+       {},
+       {"none", "lora"},
+       {"finetuning_type"},
+       {{"full", "none"}}},
+      {"model",
+       "lora_r",
+       RECIPE_FIELD(model.lora_r),
+       kMustMatch,
+       "Rank of the adapters.",
+       between(1, 65536),
+       {},
+       {"lora_rank"}},
+      {"model", "lora_alpha", RECIPE_FIELD(model.lora_alpha), kMustMatch,
+       "The adapters' product counts lora_alpha / lora_r times.", above(0)},
+      {"model",
+       "lora_dropout",
+       RECIPE_FIELD(model.lora_dropout),
+       kMustMatch,
+       "Must be 0: adapters train without dropout.",
+       {.min = 0, .max = 1, .max_open = true}},
+      {"model",
+       "lora_target_modules",
+       RECIPE_FIELD(model.lora_target_modules),
+       kMustMatch,
+       "Maps that get an adapter, in every layer.",
+       {},
+       {kLoraTargets.begin(), kLoraTargets.end()},
+       {"lora_target", "target_modules"}},
       // --- data
       // ----------------------------------------------------------------------------------------------------
       {"data",
@@ -181,8 +220,10 @@ std::vector<Key> make_keys() {
        "gradient_accumulation_steps",
        RECIPE_FIELD(train.gradient_accumulation_steps),
        kMustMatch,
-       "Micro-batches in one optimizer step. The loss is averaged over all target tokens of the step, so "
-       "accumulation does not change the result.",
+       "Micro-batches of each rank in one optimizer step. The loss is averaged over all target tokens of the "
+       "step, so accumulation and ranks do not change the result. Resuming with another number of ranks "
+       "needs "
+       "the same product of the two.",
        between(1, 1 << 20),
        {},
        {"grad_accum"}},
@@ -199,10 +240,20 @@ std::vector<Key> make_keys() {
        RECIPE_FIELD(train.recompute),
        kMayChange,
        "What gradient_checkpointing computes again. all: each layer's input is kept, nothing else. "
-       "all_but_attention: the rotated heads, the attention's result and the selection are kept too, so that "
-       "attention runs and keys are selected once.",
+       "all_but_attention: the attention's result and the selection are kept too, so that attention runs and "
+       "keys are selected once.",
        {},
        {"all", "all_but_attention"}},
+      {"train",
+       "offload_activations",
+       RECIPE_FIELD(train.offload_activations),
+       kMayChange,
+       "Keep what gradient_checkpointing keeps in pinned host memory until the backward pass needs it. Only "
+       "on "
+       "a GPU.",
+       {},
+       {},
+       {"activation_offloading"}},
       {"train", "seed", RECIPE_FIELD(train.seed), kMustMatch,
        "Seed of the data order, of random_init and of sampled generations.", between(0, kMaxInt)},
       {"train", "deterministic", RECIPE_FIELD(train.deterministic), kMayChange,
@@ -220,6 +271,24 @@ std::vector<Key> make_keys() {
        "leaves the weights alone in that step, and goes on; ten skipped steps in a row stop the run.",
        {},
        {"stop", "skip"}},
+      {"train",
+       "sharding",
+       RECIPE_FIELD(train.sharding),
+       kFree,
+       "What several ranks divide among them. none: each has all. optimizer: each has its part of the "
+       "float32 "
+       "weights and moments. full: also of the weights and gradients; a layer is gathered when it is "
+       "computed.",
+       {},
+       {"none", "optimizer", "full"}},
+      {"train", "sequence_parallel", RECIPE_FIELD(train.sequence_parallel), kFree,
+       "Ranks that share each micro-batch: each has a part of the tokens, and for attention a part of the "
+       "heads. "
+       "It divides the number of ranks and of KV heads.",
+       between(1, 4096)},
+      {"train", "rank_timeout", RECIPE_FIELD(train.rank_timeout), kFree,
+       "Seconds without a sign of life after which a rank counts as lost, which ends all ranks.",
+       between(2, 600)},
       {"train", "eval_steps", RECIPE_FIELD(train.eval_steps), kFree,
        "Evaluate on the held-out split every so many steps, before the first step and at the end; 0: only at "
        "the end.",
@@ -405,6 +474,11 @@ std::vector<Key> make_keys() {
       {"logging", "peak_tflops", RECIPE_FIELD(logging.peak_tflops), kFree,
        "Peak of the device in TFLOP/s, the 100 % of MFU; null: measured by a matrix product at the start.",
        above(0)},
+      {"logging", "probe_steps", RECIPE_FIELD(logging.probe_steps), kFree,
+       "Every so many steps, write each layer's attention entropy and the probability that the kept keys "
+       "hold, "
+       "from a few query rows; 0: never.",
+       at_least(0)},
   };
 }
 

@@ -327,6 +327,30 @@ void Parser::check() {
                 printable(device, 60) + "'");
   }
   if (r.model.dtype == "auto") r.model.dtype = device == "cpu" ? "float32" : "bfloat16";
+  if (r.model.adapter == "lora") {
+    if (r.model.lora_dropout != 0) {
+      throw Error(origin("model.lora_dropout") +
+                  ": model.lora_dropout must be 0, adapters train without dropout; got " +
+                  value_text(*find_key("model.lora_dropout"), r));
+    }
+    const std::vector<std::string>& targets = r.model.lora_target_modules;
+    if (targets.empty()) {
+      throw Error(origin("model.lora_target_modules") + ": model.lora_target_modules must not be empty");
+    }
+    for (const std::string& target : targets) {
+      if (std::count(targets.begin(), targets.end(), target) > 1) {
+        throw Error(origin("model.lora_target_modules") + ": model.lora_target_modules names " + target +
+                    " twice");
+      }
+    }
+  } else {
+    for (const char* key :
+         {"model.lora_r", "model.lora_alpha", "model.lora_dropout", "model.lora_target_modules"}) {
+      if (origins.count(key)) {
+        note(origins[key], std::string(key) + " has no effect: model.adapter is none");
+      }
+    }
+  }
   // data
   const bool by_folder = !r.data.dataset_prepared_path.empty();
   if (by_folder && !r.data.train_files.empty()) both("data.dataset_prepared_path", "data.train_files");
@@ -351,7 +375,8 @@ void Parser::check() {
     throw Error(origin("attention.max_keys") + ": attention.max_keys (" + std::to_string(*a.max_keys) +
                 ") must be at least attention.min_keys (" + std::to_string(a.min_keys) + ")");
   }
-  if (!r.uses_topk() && r.train.eval_ratios.empty()) {
+  // Evaluation at other ratios and probes look at these too.
+  if (!r.uses_topk() && r.train.eval_ratios.empty() && r.logging.probe_steps == 0) {
     for (const auto& [full_name, where] : origins) {
       if (full_name.rfind("attention.", 0) == 0 && full_name != "attention.mode") {
         note(where, full_name + " has no effect: nothing in this run uses top-k attention");
@@ -375,6 +400,10 @@ void Parser::check() {
   }
   if (!r.train.gradient_checkpointing && origins.count("train.recompute")) {
     note(origins["train.recompute"], "train.recompute has no effect: train.gradient_checkpointing is false");
+  }
+  if (r.train.offload_activations && (!r.train.gradient_checkpointing || device == "cpu")) {
+    throw Error(origin("train.offload_activations") + ": train.offload_activations needs " +
+                (device == "cpu" ? "a GPU (model.device is cpu)" : "train.gradient_checkpointing"));
   }
   if (r.train.max_steps && origins.count("train.num_epochs")) {
     note(origins["train.num_epochs"], "train.num_epochs has no effect: train.max_steps is given");

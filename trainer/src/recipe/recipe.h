@@ -12,10 +12,16 @@
 namespace topk_sft {
 
 struct ModelSection {
-  std::string base_model;      // Hugging Face folder: config.json, safetensors, tokenizer.json
-  std::string dtype = "auto";  // auto, float32, bfloat16; `auto` is resolved by `check_recipe`
-  std::string device = "cpu";  // cpu, cuda, cuda:N
-  bool random_init = false;    // weights drawn from train.seed instead of read
+  std::string base_model;        // Hugging Face folder: config.json, safetensors, tokenizer.json
+  std::string dtype = "auto";    // auto, float32, bfloat16; `auto` is resolved by `check_recipe`
+  std::string device = "cpu";    // cpu, cuda, cuda:N
+  bool random_init = false;      // weights drawn from train.seed instead of read
+  std::string adapter = "none";  // none, lora
+  int64_t lora_r = 16;
+  double lora_alpha = 32.0;
+  double lora_dropout = 0.0;
+  std::vector<std::string> lora_target_modules = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
+                                                  "gate_proj", "up_proj", "down_proj"};
 };
 
 struct DataSection {
@@ -49,10 +55,14 @@ struct TrainSection {
   int64_t gradient_accumulation_steps = 1;
   bool gradient_checkpointing = false;
   std::string recompute = "all_but_attention";  // all, all_but_attention
+  bool offload_activations = false;
   int64_t seed = 42;
   bool deterministic = false;
   std::optional<int64_t> num_threads;
-  std::string on_nonfinite = "stop";  // stop, skip
+  std::string on_nonfinite = "stop";   // stop, skip
+  std::string sharding = "optimizer";  // none, optimizer, full
+  int64_t sequence_parallel = 1;
+  double rank_timeout = 20.0;
   int64_t eval_steps = 0;
   std::vector<std::string> eval_attention;  // topk, dense; empty: the attention trained with
   std::vector<double> eval_ratios;          // and top-k attention at each of these
@@ -96,6 +106,7 @@ struct LoggingSection {
   bool tensorboard = true;
   std::string progress = "auto";  // auto, bar, plain
   std::optional<double> peak_tflops;
+  int64_t probe_steps = 0;
 };
 
 struct Recipe {

@@ -5,9 +5,11 @@
 #include <ATen/ops/zeros.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 
+#include "dist/sequence.h"
 #include "io/atomic_file.h"
 #include "io/error.h"
 #include "train/batch.h"
@@ -27,7 +29,8 @@ std::vector<EvalMode> eval_modes(const RunPlan& plan) {
   return modes;
 }
 
-std::optional<EvalResult> evaluate(CausalLM& model, const RunPlan& plan, const EvalMode& mode,
+std::optional<EvalResult> evaluate(CausalLM& model, RankOptimizer* optimizer, const RunPlan& plan,
+                                   Ranks& ranks, const EvalMode& mode,
                                    const std::function<bool(int64_t, int64_t)>& progress) {
   struct Restore {
     CausalLM& model;
@@ -41,12 +44,22 @@ std::optional<EvalResult> evaluate(CausalLM& model, const RunPlan& plan, const E
   EvalResult result;
   result.mode = mode.name;
   at::Tensor sum = at::zeros({}, at::TensorOptions().dtype(at::kDouble).device(model.device()));
-  for (size_t i = 0; i < batches.size(); ++i) {
-    sum += model.loss_sum(make_batch(plan.eval_data, plan.eval, batches[i], model.device()));
-    result.targets += plan.eval.targets(batches[i]);
-    if (!progress(static_cast<int64_t>(i) + 1, static_cast<int64_t>(batches.size()))) return std::nullopt;
+  for (const auto& batch : batches) result.targets += plan.eval.targets(batch);
+  const std::vector<size_t> mine = plan.ranks.share(batches.size());
+  for (size_t round = 0; round < plan.ranks.rounds(batches.size()); ++round) {
+    if (round < mine.size()) {
+      const PackedBatch batch = make_batch(plan.eval_data, plan.eval, batches[mine[round]], model.device());
+      if (optimizer != nullptr) optimizer->begin_forward();
+      sum += model.loss_sum(sequence_part(batch, plan.ranks));
+      if (optimizer != nullptr) optimizer->end_forward();
+    } else if (optimizer != nullptr) {
+      optimizer->idle_forward();
+    }
+    const auto total = static_cast<int64_t>(batches.size());
+    const int64_t done = std::min(total, static_cast<int64_t>(round + 1) * plan.ranks.data_ranks());
+    if (ranks.any(!progress(done, total))) return std::nullopt;
   }
-  result.loss = sum.item<double>() / static_cast<double>(result.targets);
+  result.loss = ranks.sum({sum.item<double>()})[0] / static_cast<double>(result.targets);
   result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
 }
@@ -74,6 +87,7 @@ void run_evaluation(const RunPlan& plan, const std::vector<std::string>& notes) 
   const Recipe& r = plan.recipe;
   if (plan.eval.bins.empty()) fail("--evaluate needs held-out data: data.eval_files, or a held-out split");
   if (r.model.random_init) fail("--evaluate needs weights, but model.random_init is true");
+  if (plan.ranks.several()) fail("--evaluate runs on one rank, got {} (WORLD_SIZE)", plan.ranks.world);
   Console console(r.logging.progress);
   for (const std::string& note : notes) console.line("note: " + note);
   for (const std::string& note : plan.notes) console.line("note: " + note);
@@ -85,8 +99,9 @@ void run_evaluation(const RunPlan& plan, const std::vector<std::string>& notes) 
   const auto model = CausalLM::load(r.model.base_model, options);
   std::vector<EvalResult> results;
   const std::vector<EvalMode> modes = eval_modes(plan);
+  Ranks alone;
   for (const EvalMode& mode : modes) {
-    const auto result = evaluate(*model, plan, mode, [&](int64_t done, int64_t total) {
+    const auto result = evaluate(*model, nullptr, plan, alone, mode, [&](int64_t done, int64_t total) {
       console.progress(static_cast<double>(results.size()), static_cast<double>(modes.size()),
                        fmt::format("evaluating ({}) {}/{}", mode.name, done, total));
       return stop_signal() == 0;

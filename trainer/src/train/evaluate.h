@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "dist/rank_optimizer.h"
+#include "dist/ranks.h"
 #include "io/json.h"
 #include "model/model.h"
 #include "train/plan.h"
@@ -29,8 +31,11 @@ struct EvalResult {
 };
 
 // Mean loss over the plan's held-out micro-batches under an attention; the model's attention setting is put
-// back. `progress(done, total)` is called after each micro-batch; false ends early without a result.
-std::optional<EvalResult> evaluate(CausalLM& model, const RunPlan& plan, const EvalMode& mode,
+// back. The ranks divide the micro-batches and get the same result. `optimizer`: who gathers the layers of a
+// sharded model; none for a model that is whole. `progress(done, total)` is called after each micro-batch;
+// false ends early without a result.
+std::optional<EvalResult> evaluate(CausalLM& model, RankOptimizer* optimizer, const RunPlan& plan,
+                                   Ranks& ranks, const EvalMode& mode,
                                    const std::function<bool(int64_t, int64_t)>& progress);
 
 // Results as the fields of a log event, and in words.

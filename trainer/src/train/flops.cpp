@@ -1,6 +1,8 @@
 #include "train/flops.h"
 
 #include <algorithm>
+#include <map>
+#include <string>
 
 #include "topk_attn/contract.h"
 
@@ -29,10 +31,27 @@ int64_t parameter_count(const ModelConfig& c) {
   return c.num_layers * layer + c.hidden_size + embedding * (c.tie_embeddings ? 1 : 2);
 }
 
+int64_t adapter_parameter_count(const ModelConfig& c, const LoraOptions& lora) {
+  const int64_t q = c.num_heads * c.head_dim;
+  const int64_t kv = c.num_kv_heads * c.head_dim;
+  const std::map<std::string, int64_t> in_and_out = {{"q_proj", c.hidden_size + q},
+                                                     {"k_proj", c.hidden_size + kv},
+                                                     {"v_proj", c.hidden_size + kv},
+                                                     {"o_proj", c.hidden_size + q},
+                                                     {"gate_proj", c.hidden_size + c.intermediate_size},
+                                                     {"up_proj", c.hidden_size + c.intermediate_size},
+                                                     {"down_proj", c.hidden_size + c.intermediate_size}};
+  int64_t sum = 0;
+  for (const std::string& target : lora.targets) sum += lora.rank * in_and_out.at(target);
+  return c.num_layers * sum;
+}
+
 FlopCounter::FlopCounter(const ModelConfig& config, const std::optional<SparsityConfig>& sparsity,
-                         int64_t max_seqlen) {
-  per_token_ = 6.0 * static_cast<double>(config.num_layers * layer_matrices(config));
-  per_target_ = 6.0 * static_cast<double>(config.hidden_size * config.vocab_size);
+                         int64_t max_seqlen, const std::optional<LoraOptions>& lora) {
+  const double operations = lora ? 4.0 : 6.0;  // forward and the gradient of the input; that of the weight
+  per_token_ = operations * static_cast<double>(config.num_layers * layer_matrices(config));
+  if (lora) per_token_ += 6.0 * static_cast<double>(adapter_parameter_count(config, *lora));
+  per_target_ = operations * static_cast<double>(config.hidden_size * config.vocab_size);
   per_pair_ = 2.0 * static_cast<double>(config.num_heads * config.head_dim);
   dense_layers_ = config.num_layers;
   if (!sparsity) return;
@@ -65,32 +84,57 @@ Flops FlopCounter::document(int64_t length, int64_t targets) const {
   return flops;
 }
 
-MemoryEstimate estimate_memory(const ModelConfig& c, bool bfloat16, int64_t tokens, int64_t kept,
-                               bool checkpointing, bool keep_attention) {
+MemoryEstimate estimate_memory(const ModelConfig& c, const MemorySettings& s) {
   const auto parameters = static_cast<double>(parameter_count(c));
-  const double element = bfloat16 ? 2 : 4;
+  const auto trained = s.lora ? static_cast<double>(adapter_parameter_count(c, *s.lora)) : parameters;
+  const double element = s.bfloat16 ? 2 : 4;
   MemoryEstimate m;
-  m.weights = parameters * element;
-  m.master_weights = bfloat16 ? parameters * 4 : 0;
-  m.gradients =
-      parameters * (bfloat16 ? 6 : 4);  // bfloat16: the float32 sum and the gradient that is added to it
-  m.moments = parameters * 8;
-  const auto t = static_cast<double>(tokens);
+  m.weights = (s.lora ? parameters + trained : parameters) * element;
+  m.master_weights = s.bfloat16 ? trained * 4 : 0;
+  // bfloat16: the gradient itself, and the float32 sum of several; one alone is updated from where it is on a
+  // GPU.
+  m.gradients = trained * (!s.bfloat16 ? 4 : s.cuda && !s.accumulates ? 2 : 6);
+  m.moments = trained * 8;
+
+  const auto t = static_cast<double>(s.tokens);
+  const auto heads = static_cast<double>(c.num_heads);
   const auto q = static_cast<double>(c.num_heads * c.head_dim);
   const auto kv = static_cast<double>(c.num_kv_heads * c.head_dim);
   const auto h = static_cast<double>(c.hidden_size);
   const auto i = static_cast<double>(c.intermediate_size);
-  // Per token of a layer. Attention: rotated q and k, v, its result and lse; with top-k the kept keys'
-  // indices and probabilities. Rest: the residual stream before and after attention, gate and up, q and k
-  // before their norm.
-  const double attention = element * (2 * q + 2 * kv) + 4 * static_cast<double>(c.num_heads) +
-                           8 * static_cast<double>(c.num_heads * kept);
-  const double layer = attention + element * (2 * h + 2 * i + (c.qk_norm ? q + kv : 0));
   const auto layers = static_cast<double>(c.num_layers);
-  const double kept_of_layer = element * h + (keep_attention ? attention : 0);
-  m.activations = t * (checkpointing ? layers * kept_of_layer + layer : layers * layer);
-  const double chunk = std::min(t, 1024.0);
-  m.logits = chunk * static_cast<double>(c.vocab_size) * 3 * 4;
+
+  // Per token of a layer. What attention leaves: its result and lse; with top-k the encoding, and on a GPU a
+  // bit a key for every 64 rows, on the CPU the kept keys' indices and probabilities.
+  double results = element * q + 4 * heads;
+  if (s.kept > 0) {
+    results +=
+        heads * (8 + (s.cuda ? static_cast<double>(s.longest) / 512 : 8 * static_cast<double>(s.kept)));
+  }
+  const double rotated = element * (q + 2 * kv);
+  // Without checkpointing also: the heads before and after their norm, the residual stream twice, gate and
+  // up.
+  const double whole = results + rotated + element * (2 * h + 2 * i + (c.qk_norm ? q + kv : 0));
+  if (!s.checkpointing) {
+    m.kept = t * layers * whole;
+    m.working = t * element * 3 * i;  // gradients inside the MLP
+  } else {
+    // Outside attention a chunk of tokens at a time (model/layer_checkpoint.h).
+    const double chunk = std::min(t, static_cast<double>(int64_t{1} << 27) / i);
+    const double kept = element * h + (s.keeps_attention ? results : 0);
+    // On the device two layers wait for their copies to end, or the next one arrives.
+    m.kept = t * kept * (s.offloads ? std::min(layers, 2.0) : layers);
+    m.host = s.offloads ? t * kept * layers : 0;
+    // The layer's input, result and their gradients; heads twice (before and after they are joined) and their
+    // gradients; the MLP of a chunk, forward and backward.
+    m.working = t * (element * 4 * h + results + element * q + 3 * rotated) + chunk * element * 6 * i;
+  }
+  // Hidden states of the targets and their gradient, a chunk of logits, the head's gradient in float32.
+  const double rows = s.cuda ? static_cast<double>(int64_t{1} << 28) / static_cast<double>(c.vocab_size)
+                             : static_cast<double>(int64_t{1} << 24) / static_cast<double>(c.vocab_size);
+  m.logits = t * element * 2 * h +
+             std::min(t, rows) * static_cast<double>(c.vocab_size) * (s.cuda ? element : element + 8) +
+             (s.lora ? 0 : h * static_cast<double>(c.vocab_size) * 4);
   return m;
 }
 

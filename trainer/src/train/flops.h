@@ -1,7 +1,8 @@
 // Floating-point operations and memory of training, counted from the shapes. Torch-free.
 //
-// A multiply-add is two operations; backward is twice forward. Only matrix products count. Attention is
-// causal: a document of L tokens has L (L + 1) / 2 pairs of query and visible key per head.
+// A multiply-add is two operations; backward is twice forward, and once it for weights that are frozen. Only
+// matrix products count. Attention is causal: a document of L tokens has L (L + 1) / 2 pairs of query and
+// visible key per head.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +10,14 @@
 #include <vector>
 
 #include "model/config.h"
+#include "model/lora.h"
 
 namespace topk_sft {
 
 // Parameters of the model; a tied output head counts once.
 int64_t parameter_count(const ModelConfig& config);
+// Parameters of the adapters that `lora` adds.
+int64_t adapter_parameter_count(const ModelConfig& config, const LoraOptions& lora);
 
 struct Flops {
   double dense = 0;  // what dense attention would take
@@ -29,8 +33,10 @@ struct Flops {
 // Forward and backward of documents, one model and one attention setting.
 class FlopCounter {
  public:
-  // sparsity: of top-k attention; none: dense. max_seqlen: the longest document asked for.
-  FlopCounter(const ModelConfig& config, const std::optional<SparsityConfig>& sparsity, int64_t max_seqlen);
+  // sparsity: of top-k attention; none: dense. max_seqlen: the longest document asked for. lora: adapters of
+  // a frozen model; none: all weights train.
+  FlopCounter(const ModelConfig& config, const std::optional<SparsityConfig>& sparsity, int64_t max_seqlen,
+              const std::optional<LoraOptions>& lora = std::nullopt);
 
   // Attention of one document of `length` tokens, plus its share of everything else; `targets`: positions
   // with a label, the only ones that reach the output head.
@@ -45,20 +51,33 @@ class FlopCounter {
   std::vector<double> kept_pairs_;  // [length]: pairs kept per head in a document of that length
 };
 
+// What the memory of a step depends on besides the model's shape.
+struct MemorySettings {
+  bool bfloat16 = false;
+  bool cuda = false;
+  int64_t tokens = 0;               // of one micro-batch
+  int64_t longest = 0;              // document in it
+  int64_t kept = 0;                 // keys kept per query; 0: dense
+  bool accumulates = false;         // several micro-batches a step
+  bool checkpointing = false;       // activation checkpointing,
+  bool keeps_attention = false;     // with the results of attention kept,
+  bool offloads = false;            // in host memory
+  std::optional<LoraOptions> lora;  // adapters of a frozen model
+};
+
 // Bytes that training needs, by part. An estimate: allocator slack and libraries come on top.
 struct MemoryEstimate {
   double weights = 0;
   double master_weights = 0;  // float32 copies, when the compute type is bfloat16
   double gradients = 0;
   double moments = 0;
-  double activations = 0;  // kept from forward to backward for `tokens` tokens
-  double logits = 0;       // one chunk of the output head
-  double total() const { return weights + master_weights + gradients + moments + activations + logits; }
+  double kept = 0;     // activations kept from forward to backward
+  double working = 0;  // activations and gradients of the layer at work
+  double logits = 0;   // one chunk of the output head, its gradients
+  double host = 0;     // kept in host memory instead; not in the total
+  double total() const { return weights + master_weights + gradients + moments + kept + working + logits; }
 };
 
-// tokens: of one micro-batch. kept: keys kept per query (0: dense). checkpointing: activation checkpointing,
-// with the heads and results of attention kept or not.
-MemoryEstimate estimate_memory(const ModelConfig& config, bool bfloat16, int64_t tokens, int64_t kept,
-                               bool checkpointing, bool keep_attention = false);
+MemoryEstimate estimate_memory(const ModelConfig& config, const MemorySettings& settings);
 
 }  // namespace topk_sft

@@ -11,6 +11,7 @@
 #include "io/sha256.h"
 #include "recipe/keys.h"
 #include "topk_attn/contract.h"
+#include "train/base_weights.h"
 #include "train/console.h"
 
 namespace topk_sft {
@@ -102,18 +103,76 @@ std::string describe_attention(const RunPlan& plan) {
 
 std::string describe_memory(const RunPlan& plan) {
   const Recipe& r = plan.recipe;
-  const int64_t tokens = largest_batch(plan);
-  const int64_t kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
-  const bool bfloat16 = r.model.dtype == "bfloat16";
-  const MemoryEstimate m =
-      estimate_memory(plan.config, bfloat16, tokens, kept, r.train.gradient_checkpointing,
-                      r.train.recompute == "all_but_attention");
-  std::string out = fmt::format("about {}: weights {}", bytes_text(m.total()), bytes_text(m.weights));
-  if (bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
-  return out + fmt::format(
-                   ", gradients {}, moments {}, activations {} (micro-batches of up to {} tokens), logits {}",
-                   bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.activations),
-                   count_text(tokens), bytes_text(m.logits));
+  MemorySettings settings;
+  settings.bfloat16 = r.model.dtype == "bfloat16";
+  settings.cuda = r.model.device != "cpu";
+  settings.tokens = largest_batch(plan) / plan.ranks.sequence_ranks;
+  settings.longest = plan.train.plan.longest;
+  settings.kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
+  settings.accumulates = r.train.gradient_accumulation_steps > 1 || plan.ranks.several();
+  settings.checkpointing = r.train.gradient_checkpointing;
+  settings.keeps_attention = r.train.recompute == "all_but_attention";
+  settings.offloads = r.train.offload_activations;
+  settings.lora = plan.lora;
+  MemoryEstimate m = estimate_memory(plan.config, settings);
+  const auto ranks = static_cast<double>(plan.ranks.world);
+  if (r.train.sharding != "none") {
+    m.master_weights /= ranks;
+    m.moments /= ranks;
+  }
+  if (r.train.sharding == "full" && !plan.lora) {
+    m.weights /= ranks;
+    m.gradients /= ranks;
+  }
+  std::string out = fmt::format("about {}{}: weights {}", bytes_text(m.total()),
+                                plan.ranks.several() ? " a rank" : "", bytes_text(m.weights));
+  if (settings.bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
+  out += fmt::format(
+      ", gradients {}, moments {}, activations {} kept and {} at work (micro-batches of up to {} tokens), "
+      "output head {}",
+      bytes_text(m.gradients), bytes_text(m.moments), bytes_text(m.kept), bytes_text(m.working),
+      count_text(settings.tokens), bytes_text(m.logits));
+  if (settings.offloads) out += fmt::format("; {} of activations in host memory", bytes_text(m.host));
+  return out;
+}
+
+std::string describe_ranks(const RunPlan& plan) {
+  const RankLayout& ranks = plan.ranks;
+  const std::string& sharding = plan.recipe.train.sharding;
+  std::string out = fmt::format("{}, {} micro-batches at a time", ranks.world, ranks.data_ranks());
+  if (ranks.sequence_ranks > 1) out += fmt::format(", each over the heads of {} ranks", ranks.sequence_ranks);
+  if (sharding == "none") return out + "; nothing is divided";
+  return out + (sharding == "full" ? "; weights, gradients and the optimizer's state are divided"
+                                   : "; the optimizer's state is divided");
+}
+
+// Micro-batches in one optimizer step of all ranks.
+int64_t micro_batches_per_step(const RunPlan& plan) {
+  return plan.recipe.train.gradient_accumulation_steps * plan.ranks.data_ranks();
+}
+
+// The division of the ranks, and this rank's device.
+void lay_out_ranks(RunPlan& plan, const Launch& launch) {
+  const TrainSection& t = plan.recipe.train;
+  const ModelConfig& c = plan.config;
+  plan.ranks = {launch.rank, launch.world, t.sequence_parallel};
+  const int64_t n = t.sequence_parallel;
+  if (launch.world % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the number of ranks, {}", n, launch.world);
+  }
+  if (c.num_heads % n != 0 || c.num_kv_heads % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the model's {} heads and {} KV heads", n, c.num_heads,
+         c.num_kv_heads);
+  }
+  plan.device = plan.recipe.model.device;
+  if (!plan.ranks.several() || plan.device == "cpu") return;
+  if (plan.device != "cuda") {
+    fail(
+        "model.device is {}: with several ranks it must be cuda, of which each takes the GPU of its "
+        "LOCAL_RANK",
+        plan.device);
+  }
+  plan.device = fmt::format("cuda:{}", launch.local_rank);
 }
 
 std::string describe_schedule(const RunPlan& plan) {
@@ -134,7 +193,7 @@ std::string describe_schedule(const RunPlan& plan) {
 
 Sampler RunPlan::make_sampler() const {
   return Sampler(static_cast<int64_t>(train.bins.size()), recipe.train.micro_batch_size,
-                 recipe.train.gradient_accumulation_steps, recipe.data.shuffle,
+                 micro_batches_per_step(*this), recipe.data.shuffle,
                  static_cast<uint64_t>(recipe.train.seed));
 }
 
@@ -159,24 +218,33 @@ Json RunPlan::identity() const {
   out["tokenizer_sha256"] = tokenizer_sha256;
   out["training data"] = fmt::format("{} documents, {} tokens, fingerprint {}", train_data.num_documents(),
                                      train_data.num_tokens(), train_data.fingerprint());
+  if (!base_fingerprint.empty()) out["frozen weights"] = base_fingerprint;
   for (const Key& key : recipe_keys()) {
     if (key.on_resume == OnResume::kMustMatch) out[key.full_name()] = value_text(key, recipe);
   }
+  // A run may go on with another number of ranks if its steps stay the same.
+  out["train.gradient_accumulation_steps"] = std::to_string(micro_batches_per_step(*this));
   return out;
 }
 
-RunPlan make_plan(const Recipe& recipe) {
+RunPlan make_plan(const Recipe& recipe, const Launch& launch) {
   RunPlan plan;
   plan.recipe = recipe;
   const std::string& folder = recipe.model.base_model;
   if (!fs::is_directory(folder)) fail("model.base_model: {} is not a folder", folder);
   plan.config = read_model_config(folder);
+  lay_out_ranks(plan, launch);
   if (recipe.attention.topk || recipe.attention.ratio) {
     plan.sparsity = recipe_sparsity(recipe);
     check_sparsity(*plan.sparsity, plan.config.num_layers, "section attention");
   }
   for (const double ratio : recipe.train.eval_ratios) {
     check_sparsity(plan.sparsity_at(ratio), plan.config.num_layers, "section attention");
+  }
+  if (recipe.model.adapter == "lora") {
+    const ModelSection& m = recipe.model;
+    plan.lora = LoraOptions{m.lora_r, m.lora_alpha, m.lora_target_modules};
+    if (!m.random_init) plan.base_fingerprint = weights_fingerprint(folder);
   }
   plan.tokenizer_path = (fs::path(folder) / "tokenizer.json").string();
   plan.tokenizer_sha256 = sha256_file(plan.tokenizer_path);
@@ -254,6 +322,11 @@ std::string describe_plan(const RunPlan& plan) {
   add("model",
       fmt::format("{}: {}, {} layers, {} parameters, {} on {}", r.model.base_model, family_name(c.family),
                   c.num_layers, count_text(parameter_count(c)), r.model.dtype, r.model.device));
+  if (plan.lora) {
+    add("adapter", fmt::format("LoRA of rank {}, alpha {:g}, on {}; {} parameters train", plan.lora->rank,
+                               plan.lora->alpha, fmt::join(plan.lora->targets, ", "),
+                               count_text(adapter_parameter_count(c, *plan.lora))));
+  }
   add("attention", describe_attention(plan));
   out += describe_data("train", plan.train_data, plan.train, r.data.sequence_len);
   if (plan.eval_data.num_documents() > 0) {
@@ -264,13 +337,14 @@ std::string describe_plan(const RunPlan& plan) {
   add("steps",
       fmt::format("{} ({:.2f} epochs of {}); {} x {} sequences of up to {} tokens each", plan.total_steps,
                   static_cast<double>(plan.total_steps) / static_cast<double>(plan.steps_per_epoch),
-                  plan.steps_per_epoch, r.train.gradient_accumulation_steps, r.train.micro_batch_size,
+                  plan.steps_per_epoch, micro_batches_per_step(plan), r.train.micro_batch_size,
                   r.data.sequence_len));
   add("optimizer",
       fmt::format("AdamW, betas {:g} and {:g}, epsilon {:g}, weight decay {:g}, clipped at {}",
                   r.optim.adam_beta1, r.optim.adam_beta2, r.optim.adam_epsilon, r.optim.weight_decay,
                   r.optim.max_grad_norm > 0 ? fmt::format("{:g}", r.optim.max_grad_norm) : "nothing"));
   add("schedule", describe_schedule(plan));
+  if (plan.ranks.several()) add("ranks", describe_ranks(plan));
   add("memory", describe_memory(plan));
   add("output", r.checkpoint.output_dir);
   return out;

@@ -9,8 +9,10 @@
 #include "data/packing.h"
 #include "data/sampler.h"
 #include "data/shards.h"
+#include "dist/layout.h"
 #include "io/json.h"
 #include "model/config.h"
+#include "model/lora.h"
 #include "optim/schedule.h"
 #include "recipe/recipe.h"
 #include "train/flops.h"
@@ -20,9 +22,13 @@ namespace topk_sft {
 struct RunPlan {
   Recipe recipe;
   ModelConfig config;
+  RankLayout ranks;
+  std::string device;          // of this rank: model.device, with the rank's own number
   std::string tokenizer_path;  // the model's tokenizer.json
   std::string tokenizer_sha256;
   std::optional<SparsityConfig> sparsity;  // of the recipe; none if it gives no budget
+  std::optional<LoraOptions> lora;         // adapters of a frozen model; none: all weights train
+  std::string base_fingerprint;            // of the frozen weights; empty when they train or are drawn
   TokenDataset train_data;
   TokenDataset eval_data;
   PackedDataset train;
@@ -32,6 +38,7 @@ struct RunPlan {
   Schedule schedule;
   std::vector<std::string> notes;
 
+  // Of the steps of all ranks together.
   Sampler make_sampler() const;
   // Sparsity of an attention kind: "topk" gives `sparsity`, "dense" none.
   std::optional<SparsityConfig> sparsity_of(const std::string& mode) const;
@@ -43,7 +50,7 @@ struct RunPlan {
 };
 
 // Reads config.json, the tokenizer's hash and the shards, and lays out the run. Throws Error.
-RunPlan make_plan(const Recipe& recipe);
+RunPlan make_plan(const Recipe& recipe, const Launch& launch = {});
 
 // Micro-batches of the held-out split, in order.
 StepPlan eval_batches(const RunPlan& plan);

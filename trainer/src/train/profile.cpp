@@ -40,7 +40,9 @@ void StepProfiler::before_step() {
   if (path_.empty() || ++step_ != first_) return;
   std::set<ActivityType> activities = {ActivityType::CPU};
   if (cuda_) activities.insert(ActivityType::CUDA);
-  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
+  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO,
+                                                     /*report_input_shapes=*/false,
+                                                     /*profile_memory=*/true);
   profiler::prepareProfiler(config, activities);
   profiler::enableProfiler(config, activities);
   recording_ = true;

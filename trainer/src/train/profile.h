@@ -1,4 +1,6 @@
-// --profile: a Chrome trace of a few steps, of what ran on the CPU and on the device.
+// --profile: a Chrome trace of a few steps: what ran on the CPU and on the device, and the memory in use,
+// which each allocation writes down ("[memory]" events). The scopes forward, backward and optimizer divide a
+// step.
 #pragma once
 
 #include <c10/core/Device.h>
