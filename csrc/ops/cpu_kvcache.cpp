@@ -136,9 +136,21 @@ FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
   return {out, lse, indices, slots, threshold, tie_index};
 }
 
+// Key codes serve a scan that exists on CUDA only: the checks say so.
+Tensor key_codes_new(const Tensor& k_cache) {
+  check_codes_cache(k_cache);
+  return Tensor();
+}
+void key_codes_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                       const OptTensor& cache_leftpad, const OptTensor& block_table, bool /*calibrate*/) {
+  check_rebuild(key_codes, k_cache, cache_seqlens, cache_leftpad, block_table);
+}
+
 }  // namespace
 }  // namespace topk_attn
 
 TORCH_LIBRARY_IMPL(topk_attn, CPU, m) {
   m.impl("fwd_kvcache", &topk_attn::fwd_kvcache);
+  m.impl("key_codes_new", &topk_attn::key_codes_new);
+  m.impl("key_codes_rebuild", &topk_attn::key_codes_rebuild);
 }

@@ -25,6 +25,7 @@
 #include "cuda/sm90/select.h"
 #include "cuda/sm90/union.h"
 #include "cuda_bits.h"
+#include "cuda_common.h"
 
 namespace topk_attn {
 namespace {
@@ -35,10 +36,6 @@ using cuda::Selector;
 
 // Scores of a few tiles that the slab selection keeps at a time: they should stay in the L2 cache.
 constexpr int64_t kSlabBytes = int64_t{32} << 20;
-
-void check(cudaError_t error, const char* what) {
-  TORCH_CHECK(error == cudaSuccess, "topk_attn: ", what, " failed: ", cudaGetErrorString(error));
-}
 
 // The sm_90a kernels, which a build may leave out; a plan never asks for them then.
 #define TOPK_SM90(call)               \
@@ -115,16 +112,11 @@ void remember(const Plan& plan) {
 // From tensors to a Call
 // ---------------------------------------------------------------------------------------------------------------
 
-// The kernels read 16 bytes at a time and make copy-engine descriptors of the strides: rows that are not
-// aligned, or that several indices share, are copied.
-Tensor aligned(const Tensor& t) {
-  const int64_t unit = 16 / t.element_size();
-  bool good = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) {
-    good = good && (t.size(d) <= 1 || (t.stride(d) > 0 && t.stride(d) % unit == 0));
-  }
-  good = good && (t.size(-1) == 1 || t.stride(-1) == 1);
-  return good ? t : t.clone(at::MemoryFormat::Contiguous);
+// The kernels make copy-engine descriptors of the strides: rows that several indices share are copied too.
+Tensor own_rows(const Tensor& t) {
+  bool shared = false;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) shared = shared || (t.size(d) > 1 && t.stride(d) <= 0);
+  return shared ? t.clone(at::MemoryFormat::Contiguous) : aligned(t);
 }
 
 // The strides of dimensions of size 1 or less mean nothing: they are given the value that they would have.
@@ -144,12 +136,6 @@ struct Prepared {
   cudaStream_t stream = nullptr;
 };
 
-int32_t narrow(int64_t value, const char* what) {
-  TORCH_CHECK(value <= std::numeric_limits<int32_t>::max(), "topk_attn: ", what, " must be below 2^31, got ",
-              value);
-  return static_cast<int32_t>(value);
-}
-
 // q's device, for calls that the dispatcher sent here because of another tensor.
 c10::Device device_of(const Tensor& q, const Tensor& other) {
   TORCH_CHECK(q.is_cuda(), "topk_attn: q is on ", q.device(), ", but k is on ", other.device(),
@@ -166,9 +152,9 @@ Prepared prepare(const Tensor& q, const Tensor& k, const Tensor& v, const OptTen
   TORCH_CHECK(
       q.scalar_type() != at::kDouble,
       "topk_attn: q must be float32, bfloat16 or float16 on CUDA, got Double (float64 runs on the CPU)");
-  p.q = aligned(q);
-  p.k = aligned(k);
-  if (v.defined()) p.v = aligned(v);
+  p.q = own_rows(q);
+  p.k = own_rows(k);
+  if (v.defined()) p.v = own_rows(v);
   p.stream = at::cuda::getCurrentCUDAStream();
 
   const Shape& shape = p.shape;
@@ -522,7 +508,7 @@ BwdResult cuda_ops::bwd(const Tensor& dout, const OptTensor& dlse, const Tensor&
   }
 
   const auto floats = q.options().dtype(at::kFloat);
-  const Tensor dout_rows = aligned(dout);
+  const Tensor dout_rows = own_rows(dout);
   const Tensor out_rows = out.stride(-1) == 1 ? out : out.contiguous();
   const Tensor lse_rows = lse.contiguous();
   const Tensor threshold_rows = threshold.contiguous();

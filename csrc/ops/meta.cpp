@@ -90,13 +90,13 @@ SelectResult select_scores(const Tensor& scores, SymInt topk, const OptTensor& l
 
 FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const OptTensor& k,
                       const OptTensor& v, const Tensor& cache_seqlens, const OptTensor& cache_leftpad,
-                      const OptTensor& block_table, const OptTensor& /*key_codes*/, bool /*causal*/,
+                      const OptTensor& block_table, const OptTensor& key_codes, bool /*causal*/,
                       OptSymInt topk, std::optional<double> ratio, SymInt min_keys, OptSymInt max_keys,
                       std::string_view select, SymInt sink, SymInt recent,
                       std::optional<double> softmax_scale, bool return_indices) {
   const Settings settings = check_settings(topk, ratio, min_keys, max_keys, select, sink, recent);
   const CacheShape cache = check_kvcache(q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table,
-                                         std::nullopt, return_indices);
+                                         key_codes, return_indices);
   check_scale(softmax_scale, cache.head_dim);
   const auto acc = accumulation_type(q.scalar_type());
   const std::vector<SymInt> rows = {cache.batch, SymInt(cache.heads), cache.tq};
@@ -113,6 +113,15 @@ FwdResult fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor& v_ca
           make(rows, q, at::kInt)};
 }
 
+Tensor key_codes_new(const Tensor& k_cache) {
+  return make({check_codes_cache(k_cache)}, k_cache, at::kChar);
+}
+
+void key_codes_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                       const OptTensor& cache_leftpad, const OptTensor& block_table, bool /*calibrate*/) {
+  check_rebuild(key_codes, k_cache, cache_seqlens, cache_leftpad, block_table);
+}
+
 }  // namespace
 }  // namespace topk_attn
 
@@ -122,4 +131,6 @@ TORCH_LIBRARY_IMPL(topk_attn, Meta, m) {
   m.impl("bwd", &topk_attn::bwd);
   m.impl("select_scores", &topk_attn::select_scores);
   m.impl("fwd_kvcache", &topk_attn::fwd_kvcache);
+  m.impl("key_codes_new", &topk_attn::key_codes_new);
+  m.impl("key_codes_rebuild", &topk_attn::key_codes_rebuild);
 }

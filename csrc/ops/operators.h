@@ -69,6 +69,11 @@ FwdResult call_fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor&
                            const SelectionArgs& selection, std::optional<double> softmax_scale,
                            bool return_indices);
 
+Tensor call_key_codes_new(const Tensor& k_cache);
+
+void call_key_codes_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                            const OptTensor& cache_leftpad, const OptTensor& block_table, bool calibrate);
+
 // Signatures of implementations that keep sizes symbolic (Meta, Autograd, Autocast). CPU ones take int64_t
 // instead.
 using SelectSignature = SelectResult(const Tensor&, const Tensor&, const OptTensor&, const OptTensor&,
@@ -89,5 +94,8 @@ using FwdKvcacheSignature = FwdResult(const Tensor&, const Tensor&, const Tensor
                                       const OptTensor&, bool, OptSymInt, std::optional<double>, SymInt,
                                       OptSymInt, std::string_view, SymInt, SymInt, std::optional<double>,
                                       bool);
+using KeyCodesNewSignature = Tensor(const Tensor&);
+using KeyCodesRebuildSignature = void(const Tensor&, const Tensor&, const Tensor&, const OptTensor&,
+                                      const OptTensor&, bool);
 
 }  // namespace topk_attn

@@ -4,7 +4,21 @@
 
 #include <torch/library.h>
 
+#include "checks.h"
+#include "key_codes.h"
 #include "operators.h"
+
+namespace topk_attn {
+namespace {
+
+std::vector<int64_t> key_codes_layout(const Tensor& k_cache) {
+  check_codes_cache(k_cache);
+  const auto at = codes_layout<int64_t>(k_cache.size(0), k_cache.size(1), k_cache.size(2), k_cache.size(3));
+  return {at.words, at.center, at.exponent, at.stats, at.bytes};
+}
+
+}  // namespace
+}  // namespace topk_attn
 
 TORCH_LIBRARY(topk_attn, m) {
   m.def(topk_attn::schema::kSelect);
@@ -12,6 +26,9 @@ TORCH_LIBRARY(topk_attn, m) {
   m.def(topk_attn::schema::kBwd);
   m.def(topk_attn::schema::kSelectScores);
   m.def(topk_attn::schema::kFwdKvcache);
+  m.def(topk_attn::schema::kKeyCodesNew);
+  m.def(topk_attn::schema::kKeyCodesRebuild);
+  m.def(topk_attn::schema::kKeyCodesLayout, &topk_attn::key_codes_layout);
 }
 
 namespace topk_attn {
@@ -62,6 +79,17 @@ FwdResult call_fwd_kvcache(const Tensor& q, const Tensor& k_cache, const Tensor&
   return op.call(q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table, key_codes, s.causal,
                  s.topk, s.ratio, s.min_keys, s.max_keys, s.select, s.sink, s.recent, softmax_scale,
                  return_indices);
+}
+
+Tensor call_key_codes_new(const Tensor& k_cache) {
+  static const auto op = handle<KeyCodesNewSignature>("topk_attn::key_codes_new");
+  return op.call(k_cache);
+}
+
+void call_key_codes_rebuild(const Tensor& key_codes, const Tensor& k_cache, const Tensor& cache_seqlens,
+                            const OptTensor& cache_leftpad, const OptTensor& block_table, bool calibrate) {
+  static const auto op = handle<KeyCodesRebuildSignature>("topk_attn::key_codes_rebuild");
+  op.call(key_codes, k_cache, cache_seqlens, cache_leftpad, block_table, calibrate);
 }
 
 }  // namespace topk_attn

@@ -41,12 +41,28 @@ inline constexpr const char* kSelectScores =
     "select_scores(Tensor scores, SymInt topk, Tensor? lengths=None) -> (Tensor threshold, Tensor tie_index, "
     "Tensor indices)";
 
+// key_codes, made by key_codes_new, allow the certified scan on CUDA. The codes of the new rows are made by
+// the call that writes them, whichever scan serves it; statistics are added to at the buffer's end.
 inline constexpr const char* kFwdKvcache =
     "fwd_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, Tensor "
     "cache_seqlens, "
-    "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor? key_codes=None, *, bool "
+    "Tensor? cache_leftpad=None, Tensor? block_table=None, Tensor(c!)? key_codes=None, *, bool "
     "causal=True, " TOPK_ATTN_SELECTION_ARGS
     ", float? softmax_scale=None, bool return_indices=False) -> (Tensor out, Tensor lse, Tensor indices, "
     "Tensor slots, Tensor threshold, Tensor tie_index)";
+
+// The key codes of a cache (B,S,Hkv,D) or of pages (P,page,Hkv,D): one flat int8 buffer (key_codes.h),
+// zeroed.
+inline constexpr const char* kKeyCodesNew = "key_codes_new(Tensor k_cache) -> Tensor";
+
+// Codes of all valid rows of the given sequences, from the cache. With `calibrate` their centre and exponents
+// are set first, from the first sequence that has keys, and the codes of all other rows of the cache are
+// forgotten: those keys are looked at exactly until they are encoded again.
+inline constexpr const char* kKeyCodesRebuild =
+    "key_codes_rebuild(Tensor(a!) key_codes, Tensor k_cache, Tensor cache_seqlens, Tensor? "
+    "cache_leftpad=None, Tensor? block_table=None, *, bool calibrate=True) -> ()";
+
+// Byte offsets in the buffer of k_cache's codes: words, center, exponent, stats, and its size.
+inline constexpr const char* kKeyCodesLayout = "key_codes_layout(Tensor k_cache) -> int[]";
 
 }  // namespace topk_attn::schema

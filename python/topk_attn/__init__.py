@@ -23,11 +23,13 @@ from .functional import (  # noqa: E402
     topk_select,
     topk_select_scores,
 )
+from .kv_cache import KVCache  # noqa: E402
 from .sdpa import patch_model, topk_attention, unpatch_model  # noqa: E402
 
 __version__ = _loader.version()
 
 __all__ = [
+    "KVCache",
     "__version__",
     "budget",
     "build_info",

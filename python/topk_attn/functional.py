@@ -197,7 +197,8 @@ def topk_attn_with_kvcache(
         cache_leftpad: int32 (B), leading keys that are padding.
         block_table: int32 (B, max_pages): position ``j`` of sequence b lies in page ``block_table[b, j //
             page_size]``.
-        key_codes: int8 copy of K that allows the certified scan (CUDA).
+        key_codes: int8 copy of K that allows the certified scan (``topk_attn.cuda.new_key_codes``); CUDA
+            only. The codes of the new rows are written to it.
         deterministic: accepted for uniformity; there is no gradient.
 
     Returns:

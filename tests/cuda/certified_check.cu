@@ -257,19 +257,19 @@ void make(const Case& k, Setup& s) {
   s.scratch.scores = static_cast<float*>(s.take(rows * s.scratch.ld * 4));
   s.scratch.lists = static_cast<int32_t*>(s.take(rows * c.kept_width * 4));
   s.scratch.arrived = static_cast<int32_t*>(s.take(rows * 4));
-  if (!supports_certified(c, s.slab)) {
-    std::printf("not supported\n");
+  if (const std::string problem = no_certified(c, s.slab, 90); !problem.empty()) {
+    std::printf("%s\n", problem.c_str());
     std::exit(1);
   }
-  const int64_t bytes = codes_bytes(blocks, per_block, k.kv_heads, k.dim);
+  const int64_t bytes = codes_layout(blocks, per_block, k.kv_heads, k.dim).bytes;
   void* buffer = s.take(static_cast<size_t>(bytes));
   CHECK(cudaMemset(buffer, 0, static_cast<size_t>(bytes)));
   s.codes = codes_of(buffer, blocks, per_block, k.kv_heads, k.dim);
   s.own = certified_scratch(c, s.slab, s.take(certified_bytes(c, s.slab, sms())), sms());
   if (k.room > 0) s.own.room = std::min(k.room, s.own.room);
-  s.stats = static_cast<CertifiedStats*>(s.take(sizeof(CertifiedStats)));
+  s.stats = s.codes.stats;
   CHECK(cudaMemset(s.stats, 0, sizeof(CertifiedStats)));
-  if (k.calibrated) CHECK(calibrate(c, s.scratch, s.codes, nullptr));
+  if (k.calibrated) CHECK(calibrate(c, s.scratch, s.codes, blocks, nullptr));
   if (k.partly) {
     std::vector<int32_t> fewer = s.seqlens;
     for (int32_t& n : fewer) n = std::max(0, n - 5);
@@ -306,7 +306,7 @@ bool run_case(const Case& k) {
     CHECK(cudaMemset(s.scratch.scores, 0xff, want.size() * 4));
     CHECK(cudaMemset(s.scratch.lists, 0x55, lists.size() * 4));
     CHECK(cudaMemset(s.stats, 0, sizeof(CertifiedStats)));
-    CHECK(certified(c, s.slab, s.scratch, s.codes, s.own, s.stats, sms(), nullptr));
+    CHECK(certified(c, s.slab, s.scratch, s.codes, s.own, sms(), nullptr));
     CHECK(cudaDeviceSynchronize());
     CHECK(cudaMemcpy((run == 0 ? again : lists).data(), s.scratch.lists, lists.size() * 4,
                      cudaMemcpyDeviceToHost));
@@ -491,7 +491,7 @@ int time_all() {
       CHECK(cudaEventRecord(at[1]));
       CHECK(certified_scan(s.c, s.slab, s.scratch, s.codes, s.own, sms(), nullptr));
       CHECK(cudaEventRecord(at[2]));
-      CHECK(certified_finish(s.c, s.slab, s.scratch, s.codes, s.own, s.stats, nullptr));
+      CHECK(certified_finish(s.c, s.slab, s.scratch, s.codes, s.own, nullptr));
       CHECK(cudaEventRecord(at[3]));
       CHECK(cudaEventSynchronize(at[3]));
       for (int j = 0; j < 4 && i >= 2; ++j) {

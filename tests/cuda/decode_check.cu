@@ -1,4 +1,7 @@
-// Check program of the decode kernels, without torch: decode_check [quick]. Exit status 0: all right.
+// Check program of the decode kernels, without torch. Exit status 0: all right.
+//
+//   decode_check [quick]    sets, outputs and caches against the host's
+//   decode_check time       microseconds of calls and of their steps, the L2 cache flushed before each
 //
 // Small integers make every score exact in float32 in whatever order it is summed, and tie often; so the host
 // knows each row's set, threshold and tie index, for float32 and for the tensor cores alike. Values outside
@@ -298,9 +301,169 @@ void run(const Case& k, DType dtype, const char* name) {
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------
+// Times
+// ---------------------------------------------------------------------------------------------------------------
+
+// Normally distributed values, the same ones each time.
+__global__ void fill_normal(__nv_bfloat16* data, int64_t count, uint32_t seed) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    uint32_t x = static_cast<uint32_t>(i) * 0x9e3779b9u + seed + static_cast<uint32_t>(i >> 32);
+    uint32_t u[2];
+    for (uint32_t& y : u) {
+      x = (x ^ (x >> 16)) * 0x7feb352du;
+      x = (x ^ (x >> 15)) * 0x846ca68bu;
+      y = x ^= x >> 16;
+    }
+    const float radius = sqrtf(-2.0f * logf((static_cast<float>(u[0]) + 1.0f) * 2.3283064e-10f));
+    data[i] = __float2bfloat16(radius * cospif(2.0f * static_cast<float>(u[1]) * 2.3283064e-10f));
+  }
+}
+
+// Medians of a few runs of work(stream), each behind a flush.
+class Clock {
+ public:
+  static constexpr size_t kFlushBytes = size_t{256} << 20;
+  Clock() {
+    check(cudaMalloc(&flush_, kFlushBytes), "allocation");
+    check(cudaStreamCreate(&stream), "stream");
+    check(cudaEventCreate(&begin_), "event");
+    check(cudaEventCreate(&end_), "event");
+  }
+  template <typename Work>
+  float median(int runs, const Work& work) {
+    std::vector<float> times;
+    for (int i = 0; i < runs; ++i) {
+      check(cudaMemsetAsync(flush_, i, kFlushBytes, stream), "flush");
+      check(cudaEventRecord(begin_, stream), "event");
+      work();
+      check(cudaEventRecord(end_, stream), "event");
+      check(cudaStreamSynchronize(stream), "the kernels");
+      float ms = 0.0f;
+      check(cudaEventElapsedTime(&ms, begin_, end_), "event");
+      times.push_back(ms * 1e3f);
+    }
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+  }
+  cudaStream_t stream = nullptr;
+
+ private:
+  void* flush_ = nullptr;
+  cudaEvent_t begin_ = nullptr;
+  cudaEvent_t end_ = nullptr;
+};
+
+// One new token of each sequence, its cache full: the whole call, the call as a graph, and the steps.
+void time_shape(Clock& clock, int batch, int n, const Budget& wanted) {
+  namespace decode = cuda::decode;
+  constexpr int kHeads = 32, kKvHeads = 8, kDim = 128;
+  DecodeCall c;
+  c.heads = kHeads;
+  c.kv_heads = kKvHeads;
+  c.head_dim = c.v_dim = kDim;
+  c.batch = batch;
+  c.tq = 1;
+  c.budget = wanted;
+  c.softmax_scale = 0.0884f;
+  c.capacity = n;
+  c.kept_width = budget(n, wanted);
+  c.rows = RowLayout{kHeads, 1};
+  const auto normal = [](int64_t count, uint32_t seed) {
+    __nv_bfloat16* data = nullptr;
+    check(cudaMalloc(&data, count * 2), "allocation");
+    fill_normal<<<1024, 256>>>(data, count, seed);
+    return data;
+  };
+  const int64_t row = int64_t{kKvHeads} * kDim;
+  c.q = View{normal(int64_t{batch} * kHeads * kDim, 1), kHeads * kDim, kHeads * kDim, kDim};
+  c.k = View{normal(batch * row * n, 2), row * n, row, kDim};
+  c.v = View{normal(batch * row * n, 3), row * n, row, kDim};
+  c.out = View{normal(int64_t{batch} * kHeads * kDim, 4), kHeads * kDim, kHeads * kDim, kDim};
+  const size_t rows = size_t(batch) * kHeads;
+  c.lse = to_device(std::vector<float>(rows));
+  c.threshold = to_device(std::vector<float>(rows));
+  c.tie_index = to_device(std::vector<int>(rows));
+  c.cache_seqlens = to_device(std::vector<int>(batch, n));
+  c.slots_per_entry = n;
+  int sms = 0;
+  check(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, 0), "device");
+  void* workspace = nullptr;
+  check(cudaMalloc(&workspace, decode::workspace_bytes(c, sms)), "workspace");
+  const decode::Scratch scratch = decode::scratch_of(c, workspace, sms);
+  const cudaStream_t stream = clock.stream;
+  const auto call = [&] { check(decode::run(c, scratch, sms, stream), "run"); };
+  call();
+  check(cudaStreamSynchronize(stream), "run");
+
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t replay = nullptr;
+  check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  call();
+  check(cudaStreamEndCapture(stream, &graph), "capture");
+  check(cudaGraphInstantiate(&replay, graph, 0), "graph");
+  const int runs = 21;
+  const float whole = clock.median(runs, call);
+  const float replayed = clock.median(runs, [&] { check(cudaGraphLaunch(replay, stream), "graph"); });
+  std::printf("B%d n = %d, W = %lld: call %.1f, graph %.1f", batch, n, static_cast<long long>(c.kept_width),
+              whole, replayed);
+  if (scratch.bounds != nullptr) {
+    const decode::Slab slab = decode::largest_slab(c);
+    decode::Scratch again = scratch;
+    again.only_flagged = true;
+    decode::Scratch picked = scratch;
+    picked.picked = true;
+    int flagged = 0;
+    check(cudaMemcpy(&flagged, scratch.any_flag, 4, cudaMemcpyDeviceToHost), "copy");
+    const float sample =
+        clock.median(runs, [&] { check(decode::sample(c, slab, scratch, stream), "sample"); });
+    std::vector<int> counts(rows);
+    const float scan = clock.median(runs, [&] {
+      // Its lists grow from run to run, but for the counts.
+      check(cudaMemsetAsync(scratch.counts, 0, rows * 4, stream), "counts");
+      check(decode::scan(c, slab, scratch, sms, stream), "scan");
+    });
+    check(cudaMemcpy(counts.data(), scratch.counts, rows * 4, cudaMemcpyDeviceToHost), "copy");
+    const float pick = clock.median(runs, [&] { check(decode::pick(c, slab, scratch, stream), "pick"); });
+    const float rescan = clock.median(runs, [&] {
+      check(decode::scan(c, slab, again, sms, stream), "second scan");
+      check(decode::select(c, slab, again, stream), "select");
+    });
+    const float attend =
+        clock.median(runs, [&] { check(decode::attend(c, slab, picked, stream), "attend"); });
+    std::printf(
+        "; alone: sample %.1f, scan %.1f, pick %.1f, repair %.1f, attend %.1f; %s, %d to %d candidates",
+        sample, scan, pick, rescan, attend, flagged != 0 ? "FLAGGED" : "no flag",
+        *std::min_element(counts.begin(), counts.end()), *std::max_element(counts.begin(), counts.end()));
+  }
+  std::printf("\n");
+  check(cudaGraphExecDestroy(replay), "graph");
+  check(cudaGraphDestroy(graph), "graph");
+  for (const void* p : {c.q.data, c.k.data, c.v.data, c.out.data, static_cast<void*>(c.lse),
+                        static_cast<void*>(c.threshold), static_cast<void*>(c.tie_index),
+                        const_cast<void*>(static_cast<const void*>(c.cache_seqlens)), workspace}) {
+    check(cudaFree(const_cast<void*>(p)), "free");
+  }
+}
+
+int time_all() {
+  Clock clock;
+  Budget share;
+  share.ratio = 0.01;
+  for (const auto& [batch, n] : std::vector<std::pair<int, int>>{
+           {8, 131072}, {1, 131072}, {32, 32768}, {1, 4096}, {1, 1024}, {1, 8192}, {1, 32768}}) {
+    for (const Budget& wanted : {share, topk(2048)}) {
+      if (budget(n, wanted) < n) time_shape(clock, batch, n, wanted);
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc > 1 && std::strcmp(argv[1], "time") == 0) return time_all();
   const bool quick = argc > 1 && std::strcmp(argv[1], "quick") == 0;
   Budget share;
   share.ratio = 0.07;
@@ -322,6 +485,23 @@ int main(int argc, char** argv) {
       {"long, many kept", {4, 1, 64, 64, 2, 2, 10000, 0, {9998, 8500}, {0, 100}, topk(3000), 40, 9}},
       {"long, equal scores",
        {4, 1, 64, 64, 1, 0, 9000, 16, {9000, 8200}, {}, topk(700), 0, 0, false, true, 0}},
+      {"long, few ties", {4, 1, 64, 64, 1, 1, 9001, 16, {9000, 8300}, {}, topk(90), 0, 0, false, true, 60}},
+      {"long, few ties, sinks, recent keys",
+       {6, 2, 128, 128, 3, 2, 20000, 0, {19998, 9000}, {77, 0}, topk(900), 5, 37, false, true, 20}},
+      {"long, 16 rows", {16, 1, 64, 64, 1, 0, 12000, 16, {12000, 3}, {}, topk(500), 1, 0, false, true, 60}},
+      {"long, many recent keys",
+       {4, 1, 64, 64, 2, 0, 30000, 0, {30000}, {}, topk(4800), 2, 4500, false, true, 60}},
+      {"very long", {2, 1, 64, 64, 1, 0, 270001, 0, {270001}, {3}, topk(4000), 0, 0, false, true, 60}},
+      {"short, half kept, no lists",
+       {16, 4, 128, 128, 1, 0, 4096, 0, {4096}, {}, topk(2048), 0, 0, false, false, 20}},
+      {"short, pages, no lists",
+       {8, 1, 128, 64, 1, 1, 8192, 16, {8191, 5000, 7}, {0, 33, 0}, topk(80), 4, 9, false, false, 20}},
+      {"short, wide V, no lists",
+       {8, 4, 64, 128, 2, 2, 1000, 16, {990, 998, 1}, {}, topk(300), 0, 2, false, false, 20}},
+      {"short, equal scores, no lists",
+       {8, 2, 64, 64, 1, 0, 3000, 0, {3000, 2999}, {}, topk(700), 0, 0, false, false, 0}},
+      {"short, always kept alone, no lists",
+       {8, 2, 64, 64, 1, 0, 500, 0, {500, 3}, {}, topk(8), 3, 20, false, false, 20}},
   };
   for (const auto& [name, k] : cases) {
     run<__nv_bfloat16>(k, DType::kBFloat16, name);

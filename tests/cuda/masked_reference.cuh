@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "check_data.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/sequence.cuh"
 
@@ -13,24 +14,6 @@ namespace {
 
 using namespace topk_attn;        // NOLINT: test code
 using namespace topk_attn::cuda;  // NOLINT
-
-__device__ uint32_t hash32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352dU;
-  x ^= x >> 15;
-  x *= 0x846ca68bU;
-  return x ^ (x >> 16);
-}
-
-template <typename T>
-__global__ void fill_normal(T* x, size_t n, uint32_t seed) {
-  for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n; i += size_t{gridDim.x} * blockDim.x) {
-    const uint32_t a = hash32(static_cast<uint32_t>(i) * 2 + seed * 2654435761u);
-    const uint32_t b = hash32(static_cast<uint32_t>(i) * 2 + 1 + seed * 7919u);
-    const float u = fminf((a + 1.0f) * 2.3283064e-10f, 1.0f);
-    x[i] = T(sqrtf(-2.0f * logf(u)) * cospif(2.0f * b * 2.3283064e-10f));
-  }
-}
 
 // Query tile `tile` of the call belongs to (document, first row); the device code reads the same table.
 struct Doc {

@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "check_data.cuh"
 #include "cuda/common/delta.h"
 #include "cuda/common/schedule.h"
 #include "cuda/common/select_scores.h"
@@ -906,26 +907,10 @@ void check_helpers(int v_dim, int offset) {
 // Time
 // ---------------------------------------------------------------------------------------------------------------
 
-// About normal scores, different ones in every element.
-__global__ void fill_normal(float* scores, int64_t n) {
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < n;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t x = static_cast<uint64_t>(i) * 0x9e3779b97f4a7c15ull;
-    float sum = 0.0f;
-    for (int round = 0; round < 4; ++round) {
-      x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-      x ^= x >> 27;
-      sum += static_cast<float>(static_cast<uint32_t>(x)) * 0x1p-32f +
-             static_cast<float>(x >> 32) * 0x1p-32f - 1.0f;
-    }
-    scores[i] = sum * 1.2f;
-  }
-}
-
 void time_select_rows() {
   const int s = 32768, slab_tiles = 4;
   Device<float> slab(int64_t{slab_tiles} * 64 * s);
-  fill_normal<<<1024, 256>>>(slab.get(), int64_t{slab_tiles} * 64 * s);
+  cuda::fill_normal<<<1024, 256>>>(slab.get(), static_cast<size_t>(slab_tiles) * 64 * s, 1);
   Call call;
   call.heads = call.kv_heads = 1;
   call.batch = 1;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "check_data.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/sequence.cuh"
 
@@ -17,51 +18,35 @@ enum Data { kRandom, kRealLike, kAllEqual, kTwoValues, kDuplicated, kNaN, kInf, 
 const char* const kDataNames[] = {"random",     "real-like", "all equal", "two values",
                                   "duplicated", "NaN",       "inf"};
 
-__device__ uint32_t hash(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ x >> 16;
-}
-
-__device__ float normal(uint32_t index, uint32_t seed) {
-  const float u = (static_cast<float>(hash(index * 2 + seed * 0x9e3779b9u) >> 8) + 1.0f) / 16777216.0f;
-  const float v = static_cast<float>(hash(index * 2 + 1 + seed * 0x9e3779b9u) >> 8) / 16777216.0f;
-  return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
-}
-
 // One thread per (batch, head, channel) walks the tokens. Element (b, t, h, c) lies at ((b * tokens + t) *
-// heads + h)
-// * channels + c. `smooth` is the share of variance that is an AR(1) process of correlation time `tau`.
+// heads + h) * channels + c.
 template <typename T>
 __global__ void fill(T* out, int batch, int tokens, int heads, int channels, int kind, bool is_key,
-                     uint32_t seed) {
+                     uint32_t seed, float gain = 1.0f) {
   const int series = blockIdx.x * blockDim.x + threadIdx.x;
   if (series >= batch * heads * channels) return;
   const int channel = series % channels, head = series / channels % heads, b = series / channels / heads;
-  const float decay = expf(-1.0f / (is_key ? 50.0f : 400.0f)), kick = sqrtf(1.0f - decay * decay);
-  float state = normal(series, seed + 17);
+  SmoothSeries smooth(is_key ? 50.0f : 400.0f, normal(series, seed + 17));
   for (int t = 0; t < tokens; ++t) {
     const uint32_t index = static_cast<uint32_t>(((b * tokens + t) * heads + head) * channels + channel);
     const float white = normal(index, seed);
     float x = white;
     if (kind == kRealLike) {
-      state = decay * state + kick * normal(index, seed + 5);
+      const float state = smooth.next(normal(index, seed + 5));
       x = is_key ? sqrtf(0.8f) * state + sqrtf(0.2f) * white
                  : (state + 0.35f * white) / sqrtf(1.0f + 0.35f * 0.35f);
     } else if (kind == kAllEqual && is_key) {
       x = normal(series, seed);
     } else if (kind == kTwoValues && is_key) {
-      x = normal(series, seed) * (hash(t * 7u + seed) % 3 == 0 ? 1.0f : -0.5f);
+      x = normal(series, seed) * (hash32(t * 7u + seed) % 3 == 0 ? 1.0f : -0.5f);
     } else if (kind == kDuplicated && is_key) {
       x = normal(series + (t / 2) * 65537u, seed);
-    } else if (kind == kNaN && is_key && channel == 3 && hash(t * 11u + seed) % 97 == 0) {
+    } else if (kind == kNaN && is_key && channel == 3 && hash32(t * 11u + seed) % 97 == 0) {
       x = __int_as_float(0x7fc00000);
-    } else if (kind == kInf && is_key && channel == 5 && hash(t * 13u + seed) % 61 == 0) {
+    } else if (kind == kInf && is_key && channel == 5 && hash32(t * 13u + seed) % 61 == 0) {
       x = __int_as_float(0x7f800000);
     }
-    out[index] = static_cast<T>(x);
+    out[index] = static_cast<T>(gain * x);
   }
 }
 
@@ -198,6 +183,25 @@ __global__ void check_rows(BackwardCall b, View out, const float* scores, float*
   if (threadIdx.x == 0) {
     const double lse = sum == 0 ? -INFINITY : largest + log(sum);
     note(errors + 1, b.lse[at] == lse ? 0.0 : fabs(b.lse[at] - lse));
+  }
+}
+
+// W = 1: P is exactly 1, whatever the score, so that out is exactly the kept key's value. One block per row
+// of every (head, tile), as check_rows(); counts the channels that differ.
+template <typename T>
+__global__ void check_single(ForwardCall f, int* different) {
+  const Call& c = f.call;
+  const int64_t entry = blockIdx.x / kTileRows;
+  const int r = blockIdx.x % kTileRows;
+  const int head = static_cast<int>(entry / c.num_tiles);
+  const Tile t = tile_at(c, static_cast<int>(entry % c.num_tiles));
+  if (r >= t.rows) return;
+  const int key = f.tie_index[row_index(c, t, head, t.row0 + r)];
+  const T* out = row_pointer<const T>(f.out, t.batch, int64_t{t.q_begin} + t.row0 + r, head);
+  const T* v =
+      row_pointer<const T>(c.v, t.batch, int64_t{t.k_begin} + max(key, 0), head / (c.heads / c.kv_heads));
+  for (int x = threadIdx.x; x < c.v_dim; x += blockDim.x) {
+    if (float(out[x]) != (key < 0 ? 0.0f : float(v[x]))) atomicAdd(different, 1);
   }
 }
 

@@ -35,9 +35,20 @@ using namespace topk_attn::cuda;
     }                                                                                  \
   } while (false)
 
-enum Data { kRandom, kRealLike, kMixed, kAllEqual, kTwoValues, kDuplicated, kNaN, kInf, kDataKinds };
-const char* const kDataNames[] = {"random",     "real-like",  "mixed", "all equal",
-                                  "two values", "duplicated", "NaN",   "inf"};
+enum Data {
+  kRandom,
+  kRealLike,
+  kMixed,
+  kAllEqual,
+  kTwoValues,
+  kDuplicated,
+  kNaN,
+  kInf,
+  kPermuted,
+  kDataKinds
+};
+const char* const kDataNames[] = {"random",     "real-like", "mixed", "all equal", "two values",
+                                  "duplicated", "NaN",       "inf",   "permuted"};
 
 __device__ uint32_t hash(uint32_t x) {
   x ^= x >> 16;
@@ -51,6 +62,13 @@ __device__ float normal(uint32_t index, uint32_t seed) {
   const float u = (static_cast<float>(hash(index * 2 + seed * 0x9e3779b9u) >> 8) + 1.0f) / 16777216.0f;
   const float v = static_cast<float>(hash(index * 2 + 1 + seed * 0x9e3779b9u) >> 8) / 16777216.0f;
   return sqrtf(-2.0f * logf(u)) * cospif(2.0f * v);
+}
+
+// Channel `channel` of a vector of mixed exponents.
+__device__ float mixed(int channel, uint32_t seed) {
+  const uint32_t h = hash(channel + seed);
+  const float magnitude = ldexpf(1.0f + 0.125f * (h % 8), static_cast<int>(h / 8 % 13) - 6);
+  return h / 128 % 4 != 0 ? magnitude : -magnitude;  // the sum is above zero
 }
 
 // One thread per (batch, head, channel) walks the tokens. Element (b, t, h, c) lies at ((b * tokens + t) *
@@ -83,6 +101,12 @@ __global__ void fill(T* out, int batch, int tokens, int heads, int channels, int
       x = __int_as_float(0x7fc00000);
     } else if (kind == kInf && is_key && channel == 5 && hash(t * 13u + seed) % 61 == 0) {
       x = __int_as_float(0x7f800000);
+    } else if (kind == kPermuted) {
+      // One key in 16 is a channel permutation of one vector, the others are half of one, and queries are
+      // constant: rounding alone decides who is kept, and the marks of all other keys are few.
+      const uint32_t h = hash(t * 17u + seed);
+      const int from = static_cast<int>((channel * (h % 64 * 2 + 1) + h / 64) % channels);
+      x = !is_key ? 1.0f + 0.0625f * (t % 16) : mixed(from, seed + head) * (h / 4096 % 16 == 0 ? 1.0f : 0.5f);
     }
     out[index] = static_cast<T>(x);
   }
@@ -429,7 +453,7 @@ int check() {
   add(x);
   x = Case{};
   x.check_tiles = 60;
-  for (Data data : {kRealLike, kMixed, kRandom, kDuplicated, kTwoValues, kNaN, kInf}) {
+  for (Data data : {kRealLike, kMixed, kRandom, kDuplicated, kTwoValues, kNaN, kInf, kPermuted}) {
     x.data = data;
     x.tq = x.tk = 9000;
     x.budget = ratio(0.01);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "check_data.cuh"
 #include "cuda/common/mma.cuh"
 #include "cuda/common/sequence.cuh"
 
@@ -14,19 +15,6 @@ namespace topk_attn::cuda::reference {
 // Data
 // ---------------------------------------------------------------------------------------------------------------
 
-__device__ inline uint32_t hash32(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-__device__ inline float normal(uint32_t i, uint32_t seed) {
-  const uint32_t a = hash32(i * 2 + seed * 2654435761u);
-  const uint32_t b = hash32(i * 2 + 1 + seed * 40503u);
-  const float u = fminf((a + 1.0f) * 2.3283064e-10f, 1.0f);
-  return sqrtf(-2.0f * logf(u)) * cospif(2.0f * 2.3283064e-10f * b);
-}
 __device__ inline float to_float(__half x) {
   return __half2float(x);
 }
@@ -56,11 +44,10 @@ __global__ void make_data(View view, int batch, int tokens, int heads, int dim, 
   const int channel = i % dim;
   const int head = i / dim % heads;
   const int b = i / dim / heads;
-  const float decay = correlation > 0 ? expf(-1.0f / correlation) : 0.0f;
-  float state = normal(i, seed);
+  SmoothSeries smooth(correlation, normal(i, seed));
   for (int t = 0; t < tokens; ++t) {
     const uint32_t id = static_cast<uint32_t>(i) * 131071u + t;
-    state = decay * state + sqrtf(1.0f - decay * decay) * normal(id, seed + 1);
+    const float state = smooth.next(normal(id, seed + 1));
     float x = sqrtf(share) * state + sqrtf(1.0f - share) * normal(id, seed + 2);
     if (tied) x = normal((hash32(t * 7 + head) % 8) * 1024 + channel, seed + 3);
     row_pointer<T>(view, b, t, head)[channel] = from_float<T>(x);

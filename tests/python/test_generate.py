@@ -129,6 +129,32 @@ def test_batches_equal_single_runs(tiny):
             assert alone["ids"] == one["ids"] == two["ids"]
 
 
+def test_page_sizes_and_samples_that_share_a_prompt(tiny):
+    folder, _, prompts, path = tiny
+    options = ["--model", folder, "--max-new-tokens", 16, "--topk", 3]
+    whole = generate_json(*options, "--prompts", path)
+    assert whole["cache"]["page_size"] == 64 and whole["cache"]["bytes"] > 0
+    for page_size in (1, 5):
+        paged = generate_json(*options, "--prompts", path, "--page-size", page_size)
+        assert [r["ids"] for r in paged["results"]] == [r["ids"] for r in whole["results"]]
+        assert paged["cache"]["bytes"] < whole["cache"]["bytes"]
+
+    ids = ",".join(map(str, prompts[0]))
+    options = [*options, "--ids", ids, "--samples", 4, "--temperature", 1.5, "--page-size", 2]
+    together = generate_json(*options)
+    alone = generate_json(*options, "--batch-size", 1)
+    assert [r["ids"] for r in together["results"]] == [r["ids"] for r in alone["results"]]
+    assert together["prefill"]["tokens"] == len(prompts[0])
+    assert alone["prefill"]["tokens"] == 4 * len(prompts[0])
+
+
+def test_key_codes_need_a_gpu(tiny):
+    message = generate(
+        "--model", tiny[0], "--ids", "1", "--topk", 3, "--max-new-tokens", 4, "--key-codes", code=1
+    )
+    assert "CUDA only" in message
+
+
 def test_sampling_repeats_by_seed(tiny):
     folder = tiny[0]
     options = [

@@ -6,7 +6,8 @@ from op_helpers import DTYPES, assert_close, assert_same, make_qkv, normal
 
 import topk_attn
 
-OPS = ("select", "fwd", "bwd", "select_scores", "fwd_kvcache")
+OPS = ("select", "fwd", "bwd", "select_scores", "fwd_kvcache", "key_codes_new", "key_codes_rebuild")
+WRITTEN = {"fwd_kvcache": ["k_cache", "v_cache", "key_codes"], "key_codes_rebuild": ["key_codes"]}
 
 
 def int32(*values, device=None):
@@ -74,7 +75,7 @@ def test_schemas_are_functional_except_for_the_caches():
     for name in OPS:
         schema = getattr(torch.ops.topk_attn, name).default._schema
         mutated = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        assert mutated == (["k_cache", "v_cache"] if name == "fwd_kvcache" else []), name
+        assert mutated == WRITTEN.get(name, []), name
         assert all(r.alias_info is None for r in schema.returns)
 
 
@@ -82,6 +83,23 @@ def test_schemas_are_functional_except_for_the_caches():
 def test_backends_are_registered(name):
     for key in ("CPU", "Meta"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"topk_attn::{name}", key), key
+
+
+def test_key_codes_on_meta_and_not_on_the_cpu():
+    ops = torch.ops.topk_attn
+    k = torch.zeros(3, 40, 2, 64, dtype=torch.bfloat16)
+    codes = ops.key_codes_new(k.to("meta"))
+    # A key: 64 bytes and a word; a head and channel: centre and exponent; eight counters.
+    assert codes.dtype == torch.int8 and codes.shape == (3 * 40 * 2 * 68 + 2 * 64 * 8 + 64,)
+    lengths = torch.zeros(3, dtype=torch.int32)
+    ops.key_codes_rebuild(codes, k.to("meta"), lengths.to("meta"))
+    for call in (
+        lambda: ops.key_codes_new(k),
+        lambda: ops.key_codes_layout(k),
+        lambda: ops.key_codes_rebuild(torch.zeros(codes.shape, dtype=torch.int8), k, lengths),
+    ):
+        with pytest.raises(RuntimeError, match="certified scan, which exists on CUDA only"):
+            call()
 
 
 @pytest.mark.parametrize("name", NAMES)

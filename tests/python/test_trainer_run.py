@@ -220,6 +220,35 @@ def test_evaluation_equals_transformers(bench):
     assert first["loss_topk"] != first["loss_dense"]
 
 
+def test_evaluation_only(bench):
+    # The same figures as an evaluation before the first step; ratios stand beside the recipe's own budget.
+    evaluation = {"eval_attention": ["dense", "topk"], "eval_ratios": [0.2, 0.4, 1]}
+    attention = {"ratio": 0.2, "min_keys": 2}
+    run(bench.recipe(attention=attention, train={"max_steps": 1, "eval_steps": 1, **evaluation}))
+    done = run(bench.recipe("only", attention=attention, train=evaluation), "--evaluate")
+    [only] = events(bench.folder / "only")
+    expected = events(bench.folder / "run", "eval")[0]
+    modes = ["dense", "topk", "topk_0.2", "topk_0.4", "topk_1"]
+    assert [key for key in only if key.startswith("loss_")] == [f"loss_{mode}" for mode in modes]
+    assert [only[f"loss_{mode}"] for mode in modes] == [expected[f"loss_{mode}"] for mode in modes]
+    assert only["targets"] == expected["targets"]
+    assert only["loss_topk_0.2"] == only["loss_topk"] != only["loss_topk_0.4"]
+    assert only["loss_topk_1"] == pytest.approx(only["loss_dense"], rel=1e-5)
+    assert f"loss {only['loss_topk_0.4']:.4f} under topk_0.4 attention" in done.stdout
+    left = {path.name for path in (bench.folder / "only").iterdir() if not path.name.startswith(".")}
+    assert left == {"recipe.yaml", "tensorboard", "train.jsonl"}  # no checkpoint, no model
+
+
+def test_evaluation_only_needs_data_and_weights(bench):
+    files = {
+        "dataset_prepared_path": None,
+        "train_files": [str(bench.folder / "data" / "train-00000.safetensors")],
+    }
+    assert "needs held-out data" in run(bench.recipe(data=files), "--evaluate", status=1).stderr
+    bare = bench.recipe(model={"random_init": True})
+    assert "needs weights" in run(bare, "--evaluate", status=1).stderr
+
+
 def test_one_seed_one_result(bench):
     run(bench.recipe("a"))
     run(bench.recipe("b"))

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
 from safetensors.numpy import load_file, save_file
 from trainer_helpers import native_program, save_model, tiny_model
@@ -89,6 +90,38 @@ class Workbench:
         path = self.folder / f"{output}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
+
+
+def poisoned(tmp_path, token: int):
+    """A model in which one token overflows, and data of which document 7 holds it.
+
+    Channel 0 of the residual stream is the token's own: nothing else writes or reads it but one neuron of
+    the first MLP, which squares it with huge weights. Other documents neither see it nor train it.
+    """
+    model = tiny_model("llama", tie_word_embeddings=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 0
+        model.model.embed_tokens.weight[token, 0] = 5
+        model.lm_head.weight[:, 0] = 0
+        for layer in model.model.layers:
+            for reads in (
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "self_attn.v_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+            ):
+                layer.get_submodule(reads).weight[:, 0] = 0
+            for writes in ("self_attn.o_proj", "mlp.down_proj"):
+                layer.get_submodule(writes).weight[0] = 0
+        for neuron in (model.model.layers[0].mlp.gate_proj, model.model.layers[0].mlp.up_proj):
+            neuron.weight[0] = 0
+            neuron.weight[0, 0] = 1e25
+    train = documents(12, 4, longest=30)
+    for ids, _ in train:
+        ids[ids == token] = token + 1
+    train[7][0][1] = token
+    return Workbench(tmp_path, model=model, train=train)
 
 
 def command(*arguments) -> list[str]:

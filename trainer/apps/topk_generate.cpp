@@ -106,6 +106,8 @@ void run(const GenerateCommand& command) {
   options.max_new_tokens = command.max_new_tokens;
   options.eos_token_ids = command.eos ? *command.eos : read_eos_token_ids(command.model, config);
   options.batch_size = command.batch_size;
+  options.page_size = command.page_size;
+  options.key_codes = command.key_codes;
   options.sampling = command.sampling;
   check_generation(config, prompts, options);
 

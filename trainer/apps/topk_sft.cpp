@@ -1,12 +1,16 @@
 // topk-sft: fine-tunes a causal language model as a recipe says.
 #include <cstdio>
 #include <exception>
+#include <memory>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "dist/layout.h"
+#include "dist/store.h"
 #include "recipe/recipe.h"
 #include "train/cli.h"
+#include "train/evaluate.h"
 #include "train/plan.h"
 #include "train/signals.h"
 #include "train/trainer.h"
@@ -18,6 +22,9 @@
 namespace {
 
 using topk_sft::CommandLine;
+
+// Of several ranks; it outlives an error, to tell the others.
+std::unique_ptr<topk_sft::RankStore> store;
 
 int run(const CommandLine& line) {
   switch (line.action) {
@@ -34,36 +41,60 @@ int run(const CommandLine& line) {
       std::puts("topk-sft " TOPK_ATTN_VERSION);
       return 0;
     case CommandLine::Action::kDryRun:
+    case CommandLine::Action::kEvaluate:
     case CommandLine::Action::kTrain:
       break;
   }
+  const topk_sft::Launch launch = topk_sft::launch_from_environment();
+  if (line.action == CommandLine::Action::kTrain && launch.world > 1) {
+    store = std::make_unique<topk_sft::RankStore>(launch);
+  }
   const topk_sft::ParsedRecipe parsed = topk_sft::load_recipe(line.recipe, line.overrides);
-  const topk_sft::RunPlan plan = topk_sft::make_plan(parsed.recipe);
+  if (store != nullptr) store->set_timeout(parsed.recipe.train.rank_timeout);
+  const topk_sft::RunPlan plan = topk_sft::make_plan(parsed.recipe, launch);
   if (line.action == CommandLine::Action::kDryRun) {
-    topk_sft::print_dry_run(plan, parsed.notes);
-  } else {
+    if (launch.rank == 0) topk_sft::print_dry_run(plan, parsed.notes);
+  } else if (line.action == CommandLine::Action::kEvaluate) {
     topk_sft::install_signal_handlers();
-    topk_sft::run_training(plan, parsed.notes, line.profile);
+    topk_sft::run_evaluation(plan, parsed.notes);
+  } else {
+    topk_sft::install_signal_handlers(/*several_ranks=*/launch.world > 1, /*speak=*/launch.rank == 0);
+    topk_sft::run_training(plan, parsed.notes, line.profile, store.get());
   }
   return 0;
 }
 
-}  // namespace
+// One message, whichever of the ranks fail.
+void report(const std::string& text) {
+  if (store == nullptr) {
+    std::fprintf(stderr, "topk-sft: error: %s\n", text.c_str());
+  } else {
+    store->report(text);
+  }
+}
 
-int main(int argc, char** argv) {
+int guarded(const std::vector<std::string>& arguments) {
   try {
-    return run(topk_sft::parse_command_line(std::vector<std::string>(argv + 1, argv + argc)));
+    return run(topk_sft::parse_command_line(arguments));
   } catch (const topk_sft::UsageError& e) {
     std::fprintf(stderr, "topk-sft: error: %s\n%s", e.what(), topk_sft::usage_text());
     return 2;
   } catch (const std::bad_alloc&) {
-    std::fputs("topk-sft: error: out of memory\n", stderr);
+    report("out of memory");
     return 1;
   } catch (const std::exception& e) {
     std::string text = e.what();
     // Errors of the tensor library carry a stack trace behind the first line.
     if (const size_t end = text.find("\nException raised from"); end != std::string::npos) text.resize(end);
-    std::fprintf(stderr, "topk-sft: error: %s\n", text.c_str());
+    report(text);
     return 1;
   }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int status = guarded(std::vector<std::string>(argv + 1, argv + argc));
+  store.reset();  // its thread must not outlive main
+  return status;
 }

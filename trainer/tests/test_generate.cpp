@@ -151,6 +151,38 @@ TEST_CASE("a batch equals single runs, greedy and sampled, whatever the batch si
   }
 }
 
+TEST_CASE("samples of one prompt share its prefill and its pages, and are what they are alone") {
+  const auto model = tiny();
+  for (const AttentionSettings& settings : {AttentionSettings{}, topk(3)}) {
+    model->set_attention(settings);
+    GenerateOptions o = options(14);
+    o.sampling.sample = true;
+    o.sampling.seed = 5;
+    const std::vector<Ids> prompts(4, kPrompts[0]);  // 11 tokens
+    o.batch_size = 1;
+    const Generation alone = generate(*model, prompts, o);
+    CHECK(alone.prefill_tokens == 44);
+    CHECK(std::set<Ids>{alone.sequences[0].ids, alone.sequences[1].ids, alone.sequences[2].ids}.size() == 3);
+    o.batch_size = 4;
+    for (const int64_t page_size : {1, 4, 11, 64}) {
+      o.page_size = page_size;
+      const Generation together = generate(*model, prompts, o);
+      CHECK(ids_of(together) == ids_of(alone));
+      CHECK(together.prefill_tokens == 11);
+      for (const Generated& sequence : together.sequences) {
+        CHECK(sequence.prefill_seconds == together.prefill_seconds);
+      }
+    }
+    // 24 tokens each, of which 8 lie in two pages that all have: 6 pages, and 4 for every other sample.
+    o.page_size = 4;
+    const int64_t row = 2 * model->config().num_kv_heads * model->config().head_dim * 4;
+    const int64_t pages = 6 + 3 * 4;
+    const int64_t bytes = generate(*model, prompts, o).cache_bytes;
+    CHECK(bytes >= pages * 4 * row * model->config().num_layers);
+    CHECK(bytes < (pages + 1) * 4 * row * model->config().num_layers);
+  }
+}
+
 TEST_CASE("generation stops behind an eos token or at max_new_tokens") {
   const auto model = tiny();
   const Ids free = generate(*model, {kPrompts[0]}, options(20)).sequences[0].ids;
@@ -176,7 +208,7 @@ TEST_CASE("tokens are reported as they come, and counted") {
   const Generation generation =
       generate(*model, kPrompts, options(5), [&](size_t prompt, int64_t id) { seen[prompt].push_back(id); });
   CHECK(seen == ids_of(generation));
-  CHECK(generation.prefill_tokens == 21);
+  CHECK(generation.prefill_tokens == 20);  // 21 but for the second {3}, which shares the first one's
   CHECK(generation.decode_tokens == 20);
   for (const Generated& sequence : generation.sequences) {
     CHECK(sequence.token_seconds.size() == sequence.ids.size());
@@ -196,6 +228,9 @@ TEST_CASE("bad prompts and options are named before anything runs") {
     CHECK_FALSE(called);
   };
   refused({{1}, {}}, options(1), "prompt 1 is empty");
+  GenerateOptions no_page = options(1);
+  no_page.page_size = 0;
+  refused({{1}}, no_page, "page_size must be at least 1, got 0");
   refused({{1, 97}}, options(1), "97 is not in [0, 97)");
   refused({{-1}}, options(1), "-1 is not in [0, 97)");
   refused({{1}}, options(0), "max_new_tokens");

@@ -132,6 +132,9 @@ TEST_CASE("values of the wrong type or range", "[recipe]") {
   CHECK_ERROR(error_of(with("attention", "  dense_layers: [1, 1]\n")), "names 1 twice");
   CHECK_ERROR(error_of(with("attention", "  dense_layers: [-1]\n")), "at least 0");
   CHECK_ERROR(error_of(with("train", "  eval_attention: [topk, dens]\n")), "did you mean 'dense'?");
+  CHECK_ERROR(error_of(with("train", "  eval_ratios: [0.5, 0]\n")), "must be above 0, at most 1, got 0");
+  CHECK_ERROR(error_of(with("train", "  eval_ratios: [0.5, x]\n")), "must be a list of numbers, got 'x'");
+  CHECK_ERROR(error_of(with("train", "  eval_ratios: [0.5, 0.50]\n")), "names 0.5 twice");
   CHECK_ERROR(error_of(kMinimal, {"model.device=gpu"}), "must be cpu, cuda or cuda:N, got 'gpu'");
   CHECK_ERROR(error_of(kMinimal, {"model.device=cuda:x"}), "must be cpu, cuda or cuda:N");
   CHECK_ERROR(error_of(with("model", "  dtype: float16\n")), "must be one of auto, float32, bfloat16");
@@ -184,8 +187,9 @@ TEST_CASE("settings without effect are noted", "[recipe]") {
   CHECK(contains(parsed.notes[0], "attention.ratio has no effect"));
   CHECK(contains(parsed.notes[1], "optim.decay_steps has no effect"));
   // With evaluation under top-k attention the budget matters.
-  CHECK(parse_recipe(kMinimal, "r.yaml", {"attention.mode=dense", "train.eval_attention=[dense,topk]"})
-            .notes.empty());
+  for (const char* evaluation : {"train.eval_attention=[dense,topk]", "train.eval_ratios=[0.01, 1]"}) {
+    CHECK(parse_recipe(kMinimal, "r.yaml", {"attention.mode=dense", evaluation}).notes.empty());
+  }
 }
 
 TEST_CASE("overrides", "[recipe]") {
@@ -256,13 +260,15 @@ TEST_CASE("a recipe written out reads back the same", "[recipe]") {
   Recipe r =
       parse_recipe(with("attention", "  dense_layers: [2]\n  min_keys: 4\n"), "r.yaml",
                    {"model.base_model=it's \"here\" \\ # : x", "optim.learning_rate=1.2345678901234567e-05",
-                    "data.dataset_prepared_path=/tmp/ä ö", "train.eval_attention=[topk,dense]"})
+                    "data.dataset_prepared_path=/tmp/ä ö", "train.eval_attention=[topk,dense]",
+                    "train.eval_ratios=[0.01,1]"})
           .recipe;
   const std::string yaml = recipe_to_yaml(r);
   const Recipe again = parse_recipe(yaml, "again").recipe;
   CHECK(recipe_to_yaml(again) == yaml);
   CHECK(again.model.base_model == r.model.base_model);
   CHECK(again.optim.learning_rate == r.optim.learning_rate);
+  CHECK(again.train.eval_ratios == std::vector<double>{0.01, 1});
 }
 
 TEST_CASE("the table of keys is consistent", "[recipe]") {

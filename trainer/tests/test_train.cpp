@@ -88,6 +88,8 @@ TEST_CASE("the command line", "[cli]") {
   CHECK(parse_command_line({"--help-recipe"}).action == Action::kHelpRecipe);
   CHECK(parse_command_line({"--help-recipe=markdown"}).action == Action::kHelpRecipeMarkdown);
   CHECK(parse_command_line({"--version"}).action == Action::kVersion);
+  CHECK(parse_command_line({"r.yaml", "--evaluate"}).action == Action::kEvaluate);
+  CHECK_THROWS_AS(parse_command_line({"r.yaml", "--evaluate", "--dry-run"}), UsageError);
   CHECK_THROWS_AS(parse_command_line({}), UsageError);
   CHECK_THROWS_AS(parse_command_line({"train.seed=1"}), UsageError);
   CHECK_THROWS_AS(parse_command_line({"a.yaml", "b.yaml"}), UsageError);

@@ -85,7 +85,7 @@ struct Cache {
   at::Tensor cache_seqlens;                 // int32 (B): valid keys before the new rows; not modified
   std::optional<at::Tensor> cache_leftpad;  // int32 (B): leading keys that are padding
   std::optional<at::Tensor> block_table;    // int32 (B,max_pages)
-  std::optional<at::Tensor> key_codes;      // int8 copy of K for the certified scan (CUDA)
+  std::optional<at::Tensor> key_codes;  // of key_codes_new(k_cache); codes of the new rows are written to it
 };
 
 struct CacheAttention {
@@ -100,6 +100,41 @@ struct CacheAttention {
 // q (B,Tq,H,D). Not differentiable: an error if a gradient is required.
 CacheAttention topk_attn_with_kvcache(const at::Tensor& q, const Cache& cache, const Options& options,
                                       bool return_indices = false);
+
+// Key codes (CUDA, bfloat16 and float16, D up to 128): an int8 copy of the keys of a cache, with which the
+// certified scan reads half the bytes and keeps the same sets. k_cache (B,S,Hkv,D) or pages (P,page,Hkv,D).
+// Returns a flat int8 buffer that knows no key yet; keys it does not know are looked at exactly.
+at::Tensor key_codes_new(const at::Tensor& k_cache);
+
+// Codes of all valid rows of these sequences: needed after anything but topk_attn_with_kvcache(.key_codes)
+// has written rows. `calibrate` first fits the buffer to the keys of the first sequence that has some, which
+// makes the scan look at fewer keys twice, and forgets the codes of all other rows of the cache.
+void key_codes_rebuild(const at::Tensor& key_codes, const at::Tensor& k_cache,
+                       const at::Tensor& cache_seqlens,
+                       const std::optional<at::Tensor>& cache_leftpad = std::nullopt,
+                       const std::optional<at::Tensor>& block_table = std::nullopt, bool calibrate = true);
+
+// Views of the buffer's parts. Those of a block (an entry of a contiguous cache, or a page) can be copied to
+// another with its keys.
+struct KeyCodes {
+  at::Tensor codes;     // (blocks,Hkv,rows,64 or 128) int8
+  at::Tensor words;     // (blocks,Hkv,rows) int32: scale and bound, 0: unknown
+  at::Tensor center;    // (Hkv,64 or 128) float32
+  at::Tensor exponent;  // (Hkv,64 or 128) int32
+  at::Tensor stats;     // (8) int64: CertifiedStats, then zeros
+};
+KeyCodes key_codes_views(const at::Tensor& key_codes, const at::Tensor& k_cache);
+
+// What the certified scan did with this buffer since it was made or its stats were zeroed. Waits for the
+// device.
+struct CertifiedStats {
+  int64_t rows = 0;       // query rows that had to select
+  int64_t certified = 0;  // of these, served by the certificate; the others read all keys
+  int64_t kept = 0;       // keys that the certified rows kept
+  int64_t survivors = 0;  // keys that they looked at exactly
+  int64_t listed = 0;     // keys that passed their first bound
+};
+CertifiedStats certified_stats(const at::Tensor& key_codes);
 
 // Which CUDA kernels serve a call (csrc/kernels/cuda/plan.h has the rules). Every choice computes the same
 // sets.

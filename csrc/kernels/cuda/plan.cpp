@@ -15,8 +15,11 @@ namespace {
 // Shares of the visible keys up to which a tile costs less gathered than masked dense (docs/kernels.md).
 constexpr float kForwardShare = 0.55f;
 constexpr float kBackwardShare = 0.30f;
-constexpr float kPortableForwardShare = 0.75f;
-constexpr float kPortableBackwardShare = 0.65f;
+constexpr float kPortableForwardShare = 0.70f;
+// Since sm_90 rows of dK and dV are added by bulk reductions, and gathering costs less at any share. Without
+// them it costs more; nobody has measured on such a GPU, so that share is an older kernel's.
+constexpr float kPortableBackwardShare = 1.0f;
+constexpr float kPortableBackwardShareBefore90 = 0.65f;
 
 std::string number(int value) {
   return std::to_string(value);
@@ -129,7 +132,9 @@ Plan plan(const Call& c, int arch, bool attend, bool deterministic, const Wish& 
   if (may_gather) {
     const bool portable = p.build == Build::kPortable;
     const float forward_share = portable ? kPortableForwardShare : kForwardShare;
-    const float backward_share = portable ? kPortableBackwardShare : kBackwardShare;
+    const float backward_share = !portable    ? kBackwardShare
+                                 : arch >= 90 ? kPortableBackwardShare
+                                              : kPortableBackwardShareBefore90;
     p.forward_share = wish.largest_share < 0.0f ? forward_share : wish.largest_share;
     p.backward_share = wish.largest_share < 0.0f ? backward_share : wish.largest_share;
     // The portable gathered pass adds its tiles' dK and dV in no fixed order.

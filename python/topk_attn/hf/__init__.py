@@ -21,6 +21,7 @@ __all__ = [
     "PAGED_NAME",
     "SaveTopkAttention",
     "Settings",
+    "TopKCache",
     "check",
     "configure",
     "register",
@@ -33,9 +34,13 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    # The callback derives from a transformers class, which takes seconds to import.
+    # These derive from transformers classes, which take seconds to import.
     if name == "SaveTopkAttention":
         from .callback import SaveTopkAttention
 
         return SaveTopkAttention
+    if name == "TopKCache":
+        from .cache import TopKCache
+
+        return TopKCache
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

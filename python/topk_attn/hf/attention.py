@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import functional
 from . import layout, settings
 from .dense import dense_attention, dense_masked_keys, dense_packed
+from .new_rows import NewRows
 
 # Arguments of other attention functions that change the result and have no counterpart here.
 _UNSUPPORTED = (
@@ -66,7 +67,7 @@ def topk_attention_forward(
     Args:
         module: the attention layer; its ``config.topk_attention`` holds the settings.
         query: (B, H, Tq, D).
-        key, value: (B, Hkv, Tk, .); with a cache, all cached keys.
+        key, value: (B, Hkv, Tk, .); with a cache, all cached keys, or the new rows as TopKCache returns them.
         attention_mask: what ``topk_attention_mask`` made, a bool (B, L) key mask, or None.
         position_ids: (1 or B, Tq); documents begin where they restart, unless ``cu_seq_lens_q`` says it.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: packed documents of the flattened batch.
@@ -93,8 +94,18 @@ def topk_attention_forward(
             run, module, query, key, value, cache, cu_seq_lens_q, cu_seq_lens_k, lengths, kwargs
         ), None
 
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+    packed = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    q, v = query.transpose(1, 2), value.transpose(1, 2)
+    if isinstance(key, NewRows):
+        pages, layer, k = key.cache, key.layer, key.plain().transpose(1, 2)
+        mask = None if packed else attention_mask
+        if not packed and _read_in_pages(run, pages.past, q, mask, position_ids, causal):
+            leftpad = None if mask is None else mask[:, 0, 0, 0].contiguous()
+            return pages.attend(layer, q, k, v, leftpad, **run.arguments), None
+        k, v = pages.write(layer, k, v)
+    else:
+        k = key.transpose(1, 2)
+    if packed:
         if attention_mask is not None:
             raise ValueError(
                 "cu_seq_lens_q and a padding mask are both given: packed rows have no padding, give one"
@@ -173,6 +184,25 @@ class _Attend:
             causal=self.causal,
             **self.arguments,
         )
+
+
+def _read_in_pages(
+    run: _Attend, past: int, q: Tensor, mask: Tensor | None, position_ids: Tensor | None, causal: bool
+) -> bool:
+    """Whether the operator reads the keys where a TopKCache has them: sparse calls of few rows that continue
+    sequences, whole or padded on the left. Others take a copy of the rows, and then go the usual way."""
+    batch, tq = q.shape[:2]
+    if past == 0 or tq > _FEW_ROWS or not causal or run.is_dense(tq):
+        return False
+    if mask is not None:
+        return tq == 1 and _mask_kind(mask, batch, tq, past + tq) == "spans"
+    tk = past + tq
+    rows = ("rows", batch, tq, tk)
+    return (
+        tq == 1
+        or _per_forward.get((position_ids,), rows, lambda: layout.from_positions(position_ids, batch, tq, tk))
+        is None
+    )
 
 
 def _unmasked(

@@ -145,6 +145,10 @@ GenerateCommand parse_generate_command(const std::vector<std::string>& arguments
        }},
       {"--samples", [&](auto& o, auto& v) { c.samples = count(o, v); }},
       {"--batch-size", [&](auto& o, auto& v) { c.batch_size = count(o, v); }},
+      {"--page-size",
+       [&](auto& o, auto& v) {
+         c.page_size = number<int64_t>(o, v, 1, int64_t{1} << 20, "a whole number from 1 to 1048576");
+       }},
       {"--eos", [&](auto& o, auto& v) { c.eos = id_list(o, v); }},
       {"--format",
        [&](auto& o, auto& v) {
@@ -162,6 +166,7 @@ GenerateCommand parse_generate_command(const std::vector<std::string>& arguments
   };
   const std::map<std::string, std::function<void()>> flags = {
       {"--dense", [&] { c.attention.dense = true; }},
+      {"--key-codes", [&] { c.key_codes = true; }},
       {"--ignore-eos", [&] { c.eos = std::vector<int64_t>{}; }},
       {"--json", [&] { c.format = OutputFormat::kJson; }},
       {"--keep-special-tokens", [&] { c.keep_special_tokens = true; }},
@@ -229,6 +234,9 @@ decoding
   --eos 1,2               stop tokens instead of those of generation_config.json
   --ignore-eos            no stop tokens
   --batch-size N          sequences decoded together (8)
+  --page-size N           tokens of a page of the KV cache (64)
+  --key-codes             keep an int8 copy of the keys for the certified scan: the same tokens, fewer bytes
+                          read; CUDA with bfloat16
 
 running
   --dtype float32|bfloat16|float64   (as the weights are stored; float16 becomes float32)

@@ -49,6 +49,8 @@ struct GenerateCommand {
   int64_t max_new_tokens = 256;
   int64_t samples = 1;
   int64_t batch_size = 8;
+  int64_t page_size = 64;
+  bool key_codes = false;
   std::optional<std::vector<int64_t>> eos;  // instead of the model's; empty: none
   OutputFormat format = OutputFormat::kText;
   bool keep_special_tokens = false;

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <chrono>
 #include <map>
+#include <optional>
+#include <set>
 #include <span>
 
 #include "io/error.h"
@@ -23,25 +25,6 @@ class Stopwatch {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// The caches of row `row` as a batch of one: views, so that what is written there is in the batch.
-KvState row_of(const KvState& state, int64_t row) {
-  KvState one;
-  for (const at::Tensor& k : state.k) one.k.push_back(k.narrow(0, row, 1));
-  for (const at::Tensor& v : state.v) one.v.push_back(v.narrow(0, row, 1));
-  one.cache_seqlens = state.cache_seqlens.narrow(0, row, 1);
-  one.prefill_dense = state.prefill_dense;
-  return one;
-}
-
-KvState rows_of(const KvState& state, const at::Tensor& rows) {
-  KvState some;
-  for (const at::Tensor& k : state.k) some.k.push_back(k.index_select(0, rows));
-  for (const at::Tensor& v : state.v) some.v.push_back(v.index_select(0, rows));
-  some.cache_seqlens = state.cache_seqlens.index_select(0, rows);
-  some.prefill_dense = state.prefill_dense;
-  return some;
-}
-
 at::Tensor ids_tensor(std::span<const int64_t> ids, int64_t rows) {
   return at::tensor(at::ArrayRef<int64_t>(ids.data(), ids.size()), at::kLong).view({rows, -1});
 }
@@ -50,8 +33,11 @@ at::Tensor ids_tensor(std::span<const int64_t> ids, int64_t rows) {
 struct Running {
   size_t prompt;
   TokenSampler sampler;
+  int64_t handle = -1;  // in the cache
   bool done = false;
 };
+
+using Prompts = std::vector<std::vector<int64_t>>;
 
 class Batch {
  public:
@@ -59,47 +45,84 @@ class Batch {
         Generation& result)
       : model_(model), options_(options), on_token_(on_token), result_(result) {}
 
-  void run(const std::vector<std::vector<int64_t>>& prompts, std::vector<Running> running) {
+  void run(const Prompts& prompts, std::vector<Running> running) {
     running_ = std::move(running);
-    int64_t longest = 0;
-    for (const Running& r : running_) {
-      longest = std::max(longest, static_cast<int64_t>(prompts[r.prompt].size()));
+    cache_.emplace(make_cache(prompts));
+    result_.cache_bytes = std::max(result_.cache_bytes, bytes_of(cache_->memory()));
+    std::map<std::vector<int64_t>, size_t> first;  // prompt -> row that computed it
+    for (size_t row = 0; row < running_.size(); ++row) {
+      const std::vector<int64_t>& prompt = prompts[running_[row].prompt];
+      const auto [entry, is_new] = first.try_emplace(prompt, row);
+      is_new ? prefill(prompt, row) : share(entry->second, row);
     }
-    // The last token chosen is never fed.
-    state_ = model_.make_kv_state(static_cast<int64_t>(running_.size()), longest + options_.max_new_tokens);
-    for (size_t row = 0; row < running_.size(); ++row) prefill(prompts[running_[row].prompt], row);
+    // Only now: a sequence that is done would give up its pages before they were shared.
     while (drop_finished()) step();
   }
 
  private:
+  int64_t pages_of(int64_t tokens) const { return (tokens + options_.page_size - 1) / options_.page_size; }
+
+  static int64_t bytes_of(const topk_attn::KVCacheMemory& m) {
+    return m.k_bytes + m.v_bytes + m.code_bytes + m.table_bytes;
+  }
+
+  // Room for all that the batch may become. Equal prompts have the pages of their whole length in common.
+  topk_attn::KVCache make_cache(const Prompts& prompts) const {
+    int64_t pages = 0, longest = 0;
+    std::set<std::vector<int64_t>> seen;
+    for (const Running& r : running_) {
+      const std::vector<int64_t>& prompt = prompts[r.prompt];
+      const int64_t most = most_tokens(prompt);
+      longest = std::max(longest, most);
+      pages += pages_of(most);
+      const bool shared = !seen.insert(prompt).second;
+      if (shared) pages -= static_cast<int64_t>(prompt.size()) / options_.page_size;
+    }
+    return model_.make_kv_cache(pages, options_.page_size, longest, options_.key_codes);
+  }
+
+  // The last token chosen is never fed.
+  int64_t most_tokens(const std::vector<int64_t>& prompt) const {
+    return static_cast<int64_t>(prompt.size()) + options_.max_new_tokens - 1;
+  }
+
   void prefill(const std::vector<int64_t>& prompt, size_t row) {
     const Stopwatch watch;
-    KvState one = row_of(state_, static_cast<int64_t>(row));
-    at::Tensor logits = host_logits(model_.decode(ids_tensor(prompt, 1), one));
-    // `one` may have replaced its tensor instead of adding in place.
-    state_.cache_seqlens.narrow(0, static_cast<int64_t>(row), 1).copy_(one.cache_seqlens);
+    Running& running = running_[row];
+    running.handle = cache_->add();
+    // All its pages at once: they then lie in a row, which dense steps read without a copy.
+    cache_->reserve({running.handle}, most_tokens(prompt));
+    logits_[running.handle] = host_logits(model_.decode(ids_tensor(prompt, 1), *cache_))[0];
     const double seconds = watch.seconds();
-    result_.sequences[running_[row].prompt].prefill_seconds = seconds;
+    result_.sequences[running.prompt].prefill_seconds = seconds;
     result_.prefill_tokens += static_cast<int64_t>(prompt.size());
     result_.prefill_seconds += seconds;
-    choose(running_[row], logits[0], seconds);
+    choose(running, logits_[running.handle], seconds);
+  }
+
+  // Another sample of the prompt that row `from` has: the same pages, the same logits.
+  void share(size_t from, size_t row) {
+    const Running& source = running_[from];
+    Running& running = running_[row];
+    const double seconds = result_.sequences[source.prompt].prefill_seconds;
+    running.handle = cache_->fork(source.handle, cache_->length(source.handle));
+    result_.sequences[running.prompt].prefill_seconds = seconds;
+    choose(running, logits_[source.handle], seconds);
   }
 
   void step() {
     const Stopwatch watch;
-    std::vector<int64_t> fed;
-    for (const Running& r : running_) fed.push_back(result_.sequences[r.prompt].ids.back());
-    const at::Tensor before = state_.cache_seqlens.clone();
-    at::Tensor logits = host_logits(model_.decode(ids_tensor(fed, static_cast<int64_t>(fed.size())), state_));
+    std::vector<int64_t> fed, handles;
+    for (const Running& r : running_) {
+      fed.push_back(result_.sequences[r.prompt].ids.back());
+      handles.push_back(r.handle);
+    }
+    cache_->reserve(handles, 1);
+    at::Tensor logits =
+        host_logits(model_.decode(ids_tensor(fed, static_cast<int64_t>(fed.size())), *cache_));
     const double seconds = watch.seconds();
     result_.decode_seconds += seconds;
     for (size_t row = 0; row < running_.size(); ++row) {
-      if (running_[row].done) {
-        // A finished row steps along until the batch is made smaller; its cache stays where it was.
-        const auto at = static_cast<int64_t>(row);
-        state_.cache_seqlens.narrow(0, at, 1).copy_(before.narrow(0, at, 1));
-        continue;
-      }
       ++result_.decode_tokens;
       choose(running_[row], logits[static_cast<int64_t>(row)], seconds);
     }
@@ -126,29 +149,28 @@ class Batch {
     if (on_token_) on_token_(running.prompt, id);
   }
 
-  // Makes the batch smaller once half of it is done: the copy of the caches then pays for itself. False when
-  // nothing is left to do.
+  // Takes finished sequences out of the batch; their pages are free. False when nothing is left to do.
   bool drop_finished() {
-    std::vector<int64_t> rows;
-    for (size_t row = 0; row < running_.size(); ++row) {
-      if (!running_[row].done) rows.push_back(static_cast<int64_t>(row));
+    logits_.clear();
+    std::vector<Running> left;
+    for (Running& r : running_) {
+      if (r.done) {
+        cache_->remove(r.handle);
+      } else {
+        left.push_back(std::move(r));
+      }
     }
-    if (rows.empty()) return false;
-    if (rows.size() * 2 <= running_.size()) {
-      state_ = rows_of(state_, at::tensor(rows, at::kLong).to(state_.cache_seqlens.device()));
-      std::vector<Running> left;
-      for (const int64_t row : rows) left.push_back(std::move(running_[static_cast<size_t>(row)]));
-      running_ = std::move(left);
-    }
-    return true;
+    running_ = std::move(left);
+    return !running_.empty();
   }
 
   const CausalLM& model_;
   const GenerateOptions& options_;
   const TokenCallback& on_token_;
   Generation& result_;
-  KvState state_;
-  std::vector<Running> running_;  // row by row
+  std::optional<topk_attn::KVCache> cache_;
+  std::map<int64_t, at::Tensor> logits_;  // of the prefills, by handle, until all prompts have started
+  std::vector<Running> running_;          // row by row
 };
 
 }  // namespace
@@ -161,6 +183,7 @@ void check_generation(const ModelConfig& config, const std::vector<std::vector<i
                       const GenerateOptions& options) {
   if (options.max_new_tokens < 1) fail("max_new_tokens must be at least 1, got {}", options.max_new_tokens);
   if (options.batch_size < 1) fail("batch_size must be at least 1, got {}", options.batch_size);
+  if (options.page_size < 1) fail("page_size must be at least 1, got {}", options.page_size);
   check_sampling(options.sampling);
   const int64_t vocab_size = config.vocab_size;
   for (const int64_t id : options.eos_token_ids) {

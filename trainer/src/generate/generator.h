@@ -1,10 +1,11 @@
 // Generating tokens with a causal language model and its KV cache, under the attention that is set on the
 // model.
 //
-// Prompts of different lengths need no padding: each is prefilled alone into its rows of the caches, then all
-// sequences of a batch step together with ragged cache_seqlens. Positions and visible keys are those of a
-// sequence alone, and so is the randomness (see TokenSampler); a batch differs from single runs only in how
-// the matrix products of float32 round, which batch_size = 1 takes away as well.
+// Prompts of different lengths need no padding: each is prefilled alone into its pages of the cache, then all
+// sequences of a batch step together at their own lengths. Equal prompts of a batch are computed once and
+// share pages. Positions and visible keys are those of a sequence alone, and so is the randomness (see
+// TokenSampler); a batch differs from single runs only in how the matrix products of float32 round, which
+// batch_size = 1 takes away as well.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +21,9 @@ namespace topk_sft {
 struct GenerateOptions {
   int64_t max_new_tokens = 256;        // >= 1
   std::vector<int64_t> eos_token_ids;  // any of them ends a sequence; it is part of the result
-  int64_t batch_size = 8;              // sequences that step together; caches exist for these only
+  int64_t batch_size = 8;              // sequences that step together; the cache has room for these only
+  int64_t page_size = 64;              // tokens of a cache page
+  bool key_codes = false;              // int8 copy of the keys, for the certified scan (CUDA)
   SamplingOptions sampling;
 };
 
@@ -30,17 +33,18 @@ const char* finish_reason_name(FinishReason reason);  // "stop", "length"
 struct Generated {
   std::vector<int64_t> ids;  // without the prompt; a closing eos token included
   FinishReason finish_reason = FinishReason::kLength;
-  double prefill_seconds = 0.0;  // of this prompt; its result is the first token
+  double prefill_seconds = 0.0;  // of this prompt, its result is the first token; equal prompts share one
   std::vector<double>
       token_seconds;  // per token of `ids`: duration of the call it came from (first: the prefill)
 };
 
 struct Generation {
   std::vector<Generated> sequences;  // as the prompts
-  int64_t prefill_tokens = 0;
+  int64_t prefill_tokens = 0;        // computed: a prompt that others share counts once
   double prefill_seconds = 0.0;
   int64_t decode_tokens = 0;    // from single-token steps: all tokens but the first of each sequence
   double decode_seconds = 0.0;  // of these steps, batches counted once
+  int64_t cache_bytes = 0;      // of the largest batch's cache: K, V, codes, tables
 };
 
 // What generate() checks of its arguments, for callers who want the Error before they load a model: prompts

@@ -46,6 +46,10 @@ OrderedJson report_json(const GenerationReport& r) {
           {"eos_token_ids", r.options.eos_token_ids},
           {"prefill", phase(r.generation.prefill_tokens, r.generation.prefill_seconds)},
           {"decode", phase(r.generation.decode_tokens, r.generation.decode_seconds)},
+          {"cache",
+           {{"page_size", r.options.page_size},
+            {"key_codes", r.options.key_codes},
+            {"bytes", r.generation.cache_bytes}}},
           {"results", results}};
 }
 

@@ -17,4 +17,8 @@ std::string printable(const std::string& text, size_t limit) {
   return out;
 }
 
+std::string first_line(const std::string& text) {
+  return text.substr(0, text.find('\n'));
+}
+
 }  // namespace topk_sft

@@ -26,4 +26,7 @@ template <typename... Args>
 // after `limit` bytes.
 std::string printable(const std::string& text, size_t limit = 200);
 
+// The text up to its first line break: messages of the tensor library carry a stack trace behind it.
+std::string first_line(const std::string& text);
+
 }  // namespace topk_sft

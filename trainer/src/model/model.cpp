@@ -4,12 +4,14 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/_scaled_dot_product_flash_attention.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -51,10 +53,19 @@ struct CausalLM::Impl {
   std::vector<std::pair<std::string, at::Tensor>> adapters;  // A and B by turns
   std::map<std::string, const Linear*> adapted;              // by the name of the weight
 
+  LayerHooks hooks;
+  int64_t sequence_ranks = 1;
+  AttentionOfPart sequence_attention;
+
   Impl(const ModelConfig& model_config, const LoadOptions& options);
   void bind_parameters();
   // Takes the values of the next parameter, in any dtype, on the CPU.
   void add_parameter(const std::string& name, const at::Tensor& values, const LoadOptions& options);
+  // The logits of the last position, (B, vocab): `attend` is called layer by layer.
+  using LayerAttend =
+      std::function<at::Tensor(size_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v)>;
+  at::Tensor decode(const at::Tensor& input_ids, const at::Tensor& positions,
+                    const LayerAttend& attend) const;
   at::Tensor embed(const at::Tensor& ids) const {
     return at::embedding(embedding, ids, config.pad_token_id.value_or(-1));
   }
@@ -112,8 +123,8 @@ at::Tensor on_device(const at::Tensor& tensor, at::Device device) {
   return tensor.to(at::TensorOptions().device(device), /*non_blocking=*/true);
 }
 
-Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device,
-                    bool need_bounds) {
+Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Device device, bool need_bounds,
+                    int64_t sequence_ranks) {
   check_vector(batch.input_ids, "input_ids", at::kLong, -1);
   const int64_t tokens = batch.input_ids.size(0);
   if (tokens == 0) fail("batch: input_ids is empty");
@@ -126,7 +137,7 @@ Packing check_batch(const PackedBatch& batch, const ModelConfig& config, at::Dev
                   on_device(batch.cu_seqlens, device),
                   {}};
   if (need_bounds || batch.cu_seqlens.device().is_cpu()) {
-    packing.bounds = check_bounds(batch.cu_seqlens, tokens, batch.max_seqlen);
+    packing.bounds = check_bounds(batch.cu_seqlens, tokens * sequence_ranks, batch.max_seqlen);
   }
   return packing;
 }
@@ -254,6 +265,20 @@ void CausalLM::set_attention_probe(std::shared_ptr<AttentionProbe> probe) {
 }
 std::vector<std::pair<std::string, at::Tensor>> CausalLM::named_parameters() const {
   return impl_->parameters;
+}
+void CausalLM::set_layer_hooks(LayerHooks hooks) {
+  impl_->hooks = std::move(hooks);
+}
+void CausalLM::set_sequence_parallel(int64_t ranks, AttentionOfPart attention) {
+  const ModelConfig& config = impl_->config;
+  if (config.num_kv_heads % ranks != 0) {
+    fail(
+        "sequence parallelism over {} ranks needs a number of KV heads that is a multiple of it, the model "
+        "has {}",
+        ranks, config.num_kv_heads);
+  }
+  impl_->sequence_ranks = ranks;
+  impl_->sequence_attention = std::move(attention);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -400,7 +425,7 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
   const bool any_dense = std::count(m.layer_is_sparse.begin(), m.layer_is_sparse.end(), false) > 0;
   const bool probing = m.probe != nullptr && at::GradMode::is_enabled();
   // Shared with the checkpointed layers, which run again in the backward, after this function returned.
-  const Packing packing = check_batch(batch, m.config, m.device, any_dense || probing);
+  const Packing packing = check_batch(batch, m.config, m.device, any_dense || probing, m.sequence_ranks);
   const auto rope =
       std::make_shared<const RopeTable>(rope_table(packing.positions, m.inv_freq, m.rope_scaling, m.dtype));
   std::shared_ptr<const PackedAttention> dense, topk;
@@ -416,6 +441,8 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
   for (size_t i = 0; i < m.layers.size(); ++i) {
     std::shared_ptr<const PackedAttention> attention = m.layer_is_sparse[i] ? topk : dense;
     if (probing) attention = probed_attention(attention, m.probe, static_cast<int64_t>(i));
+    if (m.sequence_ranks > 1) attention = m.sequence_attention(attention);
+    if (m.hooks.enter) x = m.hooks.enter(static_cast<int64_t>(i), x);
     if (m.recompute == Recompute::kNothing) {
       x = layer_forward(m.config, m.layers[i], x, *rope,
                         [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
@@ -424,6 +451,7 @@ at::Tensor CausalLM::hidden_states(const PackedBatch& batch) const {
     } else {
       x = checkpointed_layer(m.config, m.layers[i], x, rope, attention, checkpointing);
     }
+    if (m.hooks.leave) x = m.hooks.leave(static_cast<int64_t>(i), x);
   }
   return rms_norm(x, m.final_norm, m.config.rms_norm_eps);
 }
@@ -452,14 +480,91 @@ at::Tensor CausalLM::loss_sum(const PackedBatch& batch) const {
 // Decoding
 // ---------------------------------------------------------------------------------------------------------------
 
+namespace {
+
+void check_new_ids(const at::Tensor& input_ids, int64_t batch, int64_t vocab_size) {
+  if (input_ids.scalar_type() != at::kLong || input_ids.dim() != 2 || input_ids.size(0) != batch ||
+      input_ids.size(1) < 1) {
+    fail("decode: input_ids must be int64 ({}, Tnew) with Tnew >= 1, got {} {}", batch,
+         c10::toString(input_ids.scalar_type()), shape_string(input_ids.sizes().vec()));
+  }
+  check_range(input_ids, "input_ids", 0, vocab_size - 1);
+}
+
+// Of `fresh` new tokens behind those that are there, (B, fresh).
+at::Tensor new_positions(const at::Tensor& cache_seqlens, int64_t fresh) {
+  return cache_seqlens.to(at::kLong).unsqueeze(1) +
+         at::arange(fresh, cache_seqlens.options().dtype(at::kLong));
+}
+
+void check_cache_head_dim(int64_t head_dim) {
+  if (head_dim % 8 != 0 || head_dim > 256) {
+    fail("kv cache: decoding needs a head_dim that is a multiple of 8 and at most 256, the model has {}",
+         head_dim);
+  }
+}
+
+// Causal attention inside each of B sequences without a past: q (B, T, H, D), k and v (B, T, Hkv, D).
+at::Tensor dense_prefill(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const int64_t batch = q.size(0), fresh = q.size(1);
+  std::vector<int64_t> bounds;
+  for (int64_t b = 0; b <= batch; ++b) bounds.push_back(b * fresh);
+  const at::Tensor cu_seqlens =
+      at::arange(batch + 1, q.options().dtype(at::kInt)) * static_cast<int32_t>(fresh);
+  return dense_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, bounds)
+      .reshape(q.sizes());
+}
+
+// One query token of each sequence against its `lengths` rows: q (B, 1, H, D), k and v (B, longest, Hkv, D).
+at::Tensor dense_step(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+                      const std::vector<int64_t>& lengths) {
+  const int64_t kv_heads = k.size(2);
+  // The heads of a group become query rows: no KV head is repeated in memory.
+  const bool half = q.scalar_type() == at::kBFloat16 || q.scalar_type() == at::kHalf;
+  const at::Tensor grouped = q.squeeze(1).unflatten(1, {kv_heads, q.size(2) / kv_heads});
+  const auto attend = [&](int64_t first, int64_t count, int64_t length) {
+    const auto rows = [&](const at::Tensor& x) {
+      return x.narrow(0, first, count).narrow(1, 0, length).transpose(1, 2);
+    };
+    const at::Tensor queries = grouped.narrow(0, first, count);
+    if (!half) return at::scaled_dot_product_attention(queries, rows(k), rows(v));
+    // Not the general call: it may choose cuDNN, which builds a plan for every length, that is for every
+    // token.
+    return std::get<0>(at::_scaled_dot_product_flash_attention(queries, rows(k), rows(v), /*dropout_p=*/0.0,
+                                                               /*is_causal=*/false));
+  };
+  const auto batch = static_cast<int64_t>(lengths.size());
+  const bool even = std::count(lengths.begin(), lengths.end(), lengths[0]) == batch;
+  std::vector<at::Tensor> parts;
+  if (even) {
+    parts.push_back(attend(0, batch, lengths[0]));
+  } else {
+    for (int64_t b = 0; b < batch; ++b) parts.push_back(attend(b, 1, lengths[static_cast<size_t>(b)]));
+  }
+  return (parts.size() == 1 ? parts[0] : at::cat(parts)).reshape(q.sizes());
+}
+
+}  // namespace
+
+at::Tensor CausalLM::Impl::decode(const at::Tensor& input_ids, const at::Tensor& positions,
+                                  const LayerAttend& attend) const {
+  const RopeTable rope = rope_table(positions, inv_freq, rope_scaling, dtype);
+  at::Tensor x = embed(input_ids.to(device));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const auto attend_layer = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+      return attend(i, q, k, v);
+    };
+    x = layer_forward(config, layers[i], x, rope, attend_layer);
+  }
+  const at::Tensor last = rms_norm(x.select(1, x.size(1) - 1), final_norm, config.rms_norm_eps);
+  return at::linear(last, lm_head);
+}
+
 KvState CausalLM::make_kv_state(int64_t batch, int64_t capacity) const {
   const Impl& m = *impl_;
   if (batch < 1 || capacity < 1)
     fail("kv cache: batch and capacity must be at least 1, got {} and {}", batch, capacity);
-  if (m.config.head_dim % 8 != 0 || m.config.head_dim > 256) {
-    fail("kv cache: decoding needs a head_dim that is a multiple of 8 and at most 256, the model has {}",
-         m.config.head_dim);
-  }
+  check_cache_head_dim(m.config.head_dim);
   KvState state;
   const at::TensorOptions options = at::TensorOptions().dtype(m.dtype).device(m.device);
   for (int64_t i = 0; i < m.config.num_layers; ++i) {
@@ -478,13 +583,7 @@ at::Tensor CausalLM::decode(const at::Tensor& input_ids, KvState& state) const {
       !state.cache_seqlens.defined()) {
     fail("decode: the cache was not made by make_kv_state of a model with {} layers", m.layers.size());
   }
-  const int64_t batch = state.cache_seqlens.size(0);
-  if (input_ids.scalar_type() != at::kLong || input_ids.dim() != 2 || input_ids.size(0) != batch ||
-      input_ids.size(1) < 1) {
-    fail("decode: input_ids must be int64 ({}, Tnew) with Tnew >= 1, got {} {}", batch,
-         c10::toString(input_ids.scalar_type()), shape_string(input_ids.sizes().vec()));
-  }
-  check_range(input_ids, "input_ids", 0, m.config.vocab_size - 1);
+  check_new_ids(input_ids, state.cache_seqlens.size(0), m.config.vocab_size);
   const int64_t fresh = input_ids.size(1);
   const int64_t capacity = state.k.at(0).size(1);
   if (m.device.is_cpu()) {
@@ -494,29 +593,70 @@ at::Tensor CausalLM::decode(const at::Tensor& input_ids, KvState& state) const {
     }
   }
 
-  at::Tensor positions = state.cache_seqlens.to(at::kLong).unsqueeze(1) +
-                         at::arange(fresh, at::TensorOptions().dtype(at::kLong).device(m.device));
+  at::Tensor positions = new_positions(state.cache_seqlens, fresh);
   if (state.leftpad) positions = (positions - state.leftpad->to(at::kLong).unsqueeze(1)).clamp_min(0);
-  const RopeTable rope = rope_table(positions, m.inv_freq, m.rope_scaling, m.dtype);
   const bool dense_call = state.prefill_dense && fresh > 1;
-
-  at::Tensor x = m.embed(input_ids.to(m.device));
-  for (size_t i = 0; i < m.layers.size(); ++i) {
-    const topk_attn::Options options = m.layer_is_sparse[i] && !dense_call ? m.attention.options : keep_all();
-    const Attend attend = [&](const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
-      topk_attn::Cache cache;
-      cache.k_cache = state.k[i];
-      cache.v_cache = state.v[i];
-      cache.k = k;
-      cache.v = v;
-      cache.cache_seqlens = state.cache_seqlens;
-      cache.cache_leftpad = state.leftpad;
-      return topk_attn::topk_attn_with_kvcache(q, cache, options).out;
-    };
-    x = layer_forward(m.config, m.layers[i], x, rope, attend);
-  }
+  const at::Tensor result = m.decode(
+      input_ids, positions, [&](size_t layer, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+        const bool sparse = m.layer_is_sparse[layer] && !dense_call;
+        topk_attn::Cache cache;
+        cache.k_cache = state.k[layer];
+        cache.v_cache = state.v[layer];
+        cache.k = k;
+        cache.v = v;
+        cache.cache_seqlens = state.cache_seqlens;
+        cache.cache_leftpad = state.leftpad;
+        return topk_attn::topk_attn_with_kvcache(q, cache, sparse ? m.attention.options : keep_all()).out;
+      });
   state.cache_seqlens += fresh;
-  return logits(rms_norm(x.select(1, fresh - 1), m.final_norm, m.config.rms_norm_eps));
+  return result;
+}
+
+topk_attn::KVCache CausalLM::make_kv_cache(int64_t pages, int64_t page_size, int64_t max_length,
+                                           bool key_codes) const {
+  const Impl& m = *impl_;
+  check_cache_head_dim(m.config.head_dim);
+  topk_attn::KVCacheOptions options;
+  options.layers = m.config.num_layers;
+  options.kv_heads = m.config.num_kv_heads;
+  options.head_dim = m.config.head_dim;
+  options.pages = pages;
+  options.page_size = page_size;
+  options.max_length = max_length;
+  options.dtype = m.dtype;
+  options.device = m.device;
+  options.key_codes = key_codes;
+  return topk_attn::KVCache(options);
+}
+
+at::Tensor CausalLM::decode(const at::Tensor& input_ids, topk_attn::KVCache& cache) const {
+  const Impl& m = *impl_;
+  const at::NoGradGuard no_grad;
+  check_new_ids(input_ids, static_cast<int64_t>(cache.batch().size()), m.config.vocab_size);
+  const int64_t fresh = input_ids.size(1);
+  std::vector<int64_t> lengths;  // with the new tokens
+  for (const int64_t sequence : cache.batch()) lengths.push_back(cache.length(sequence) + fresh);
+  const int64_t longest = *std::max_element(lengths.begin(), lengths.end());
+  const bool prefill = longest == fresh && fresh > 1;
+  const bool dense_call = m.attention.prefill_dense && fresh > 1;
+  const at::Tensor result =
+      m.decode(input_ids, new_positions(cache.lengths(), fresh),
+               [&](size_t index, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+                 const auto layer = static_cast<int64_t>(index);
+                 const bool sparse = m.layer_is_sparse[index] && !dense_call;
+                 const bool dense_on_device = !sparse && !m.device.is_cpu() && fresh == 1;
+                 if (!prefill && !dense_on_device) {
+                   const topk_attn::Options options = sparse ? m.attention.options : keep_all();
+                   return cache.append_and_attend(layer, q, k, v, options).out;
+                 }
+                 cache.append(layer, k, v);
+                 if (prefill && sparse) return topk_attn::topk_attn_func(q, k, v, m.attention.options).out;
+                 if (prefill) return dense_prefill(q, k, v);
+                 const auto [all_k, all_v] = cache.rows(layer, longest);
+                 return dense_step(q, all_k, all_v, lengths);
+               });
+  cache.advance(fresh);
+  return result;
 }
 
 }  // namespace topk_sft

@@ -8,14 +8,17 @@
 #include <c10/core/ScalarType.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "model/attention.h"
 #include "model/config.h"
 #include "model/lora.h"
+#include "topk_attn/kv_cache.h"
 #include "topk_attn/topk_attn.h"
 
 namespace topk_sft {
@@ -115,6 +118,19 @@ class CausalLM {
   // model.
   std::vector<std::pair<std::string, at::Tensor>> named_parameters() const;
 
+  // For a model whose parameters are not all in memory: called around each layer of the packed forward, with
+  // its number and the hidden states, which they return; their gradients are asked for in the backward.
+  // Empty: none.
+  struct LayerHooks {
+    std::function<at::Tensor(int64_t, const at::Tensor&)> enter, leave;
+  };
+  void set_layer_hooks(LayerHooks hooks);
+  // For sequence parallelism: batches hold one of `ranks` equal parts of the tokens whose documents
+  // cu_seqlens bounds, and `attention` makes attention over a part of attention over all tokens.
+  using AttentionOfPart =
+      std::function<std::shared_ptr<const PackedAttention>(std::shared_ptr<const PackedAttention>)>;
+  void set_sequence_parallel(int64_t ranks, AttentionOfPart attention);
+
   // (T, hidden_size) after the final norm.
   at::Tensor hidden_states(const PackedBatch& batch) const;
   // hidden (..., hidden_size) -> (..., vocab_size), model dtype.
@@ -128,6 +144,14 @@ class CausalLM {
   // Appends input_ids int64 (B, Tnew) to the caches and returns the logits of the last position, (B,
   // vocab_size). Error when the cache is full. No gradient.
   at::Tensor decode(const at::Tensor& input_ids, KvState& state) const;
+
+  // An empty cache of pages for this model; see KVCacheOptions.
+  topk_attn::KVCache make_kv_cache(int64_t pages, int64_t page_size, int64_t max_length,
+                                   bool key_codes = false) const;
+  // The same with a cache of pages: appends input_ids int64 (B, Tnew) to the sequences of the cache's batch,
+  // which must have room. Several tokens at the beginning of all sequences are attended to by the kernels of
+  // training, and CUDA's dense decode steps by torch's. No gradient.
+  at::Tensor decode(const at::Tensor& input_ids, topk_attn::KVCache& cache) const;
 
  private:
   struct Impl;

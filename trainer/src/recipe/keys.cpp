@@ -55,7 +55,8 @@ std::vector<Key> make_keys() {
        {"auto", "float32", "bfloat16"},
        {"torch_dtype"},
        {{"fp32", "float32"}, {"float", "float32"}, {"bf16", "bfloat16"}}},
-      {"model", "device", RECIPE_FIELD(model.device), kMayChange, "Where to compute: cpu, cuda or cuda:N."},
+      {"model", "device", RECIPE_FIELD(model.device), kMayChange,
+       "Where to compute: cpu, cuda or cuda:N. With several ranks cuda is each one's own GPU."},
       {"model", "random_init", RECIPE_FIELD(model.random_init), kFree,
        "Start from random weights, drawn from train.seed, with the shapes of base_model's config.json, "
        "instead of "
@@ -219,8 +220,10 @@ std::vector<Key> make_keys() {
        "gradient_accumulation_steps",
        RECIPE_FIELD(train.gradient_accumulation_steps),
        kMustMatch,
-       "Micro-batches in one optimizer step. The loss is averaged over all target tokens of the step, so "
-       "accumulation does not change the result.",
+       "Micro-batches of each rank in one optimizer step. The loss is averaged over all target tokens of the "
+       "step, so accumulation and ranks do not change the result. Resuming with another number of ranks "
+       "needs "
+       "the same product of the two.",
        between(1, 1 << 20),
        {},
        {"grad_accum"}},
@@ -268,6 +271,24 @@ std::vector<Key> make_keys() {
        "leaves the weights alone in that step, and goes on; ten skipped steps in a row stop the run.",
        {},
        {"stop", "skip"}},
+      {"train",
+       "sharding",
+       RECIPE_FIELD(train.sharding),
+       kFree,
+       "What several ranks divide among them. none: each has all. optimizer: each has its part of the "
+       "float32 "
+       "weights and moments. full: also of the weights and gradients; a layer is gathered when it is "
+       "computed.",
+       {},
+       {"none", "optimizer", "full"}},
+      {"train", "sequence_parallel", RECIPE_FIELD(train.sequence_parallel), kFree,
+       "Ranks that share each micro-batch: each has a part of the tokens, and for attention a part of the "
+       "heads. "
+       "It divides the number of ranks and of KV heads.",
+       between(1, 4096)},
+      {"train", "rank_timeout", RECIPE_FIELD(train.rank_timeout), kFree,
+       "Seconds without a sign of life after which a rank counts as lost, which ends all ranks.",
+       between(2, 600)},
       {"train", "eval_steps", RECIPE_FIELD(train.eval_steps), kFree,
        "Evaluate on the held-out split every so many steps, before the first step and at the end; 0: only at "
        "the end.",
@@ -279,6 +300,14 @@ std::vector<Key> make_keys() {
        "Attention that evaluation runs under, one pass each; empty: the one trained with.",
        {},
        {"topk", "dense"}},
+      {"train",
+       "eval_ratios",
+       RECIPE_FIELD(train.eval_ratios),
+       kFree,
+       "Evaluation also runs under top-k attention at each of these ratios, one pass each, with the other "
+       "settings "
+       "of section attention.",
+       {.min = 0, .max = 1, .min_open = true}},
       {"train", "max_eval_batches", RECIPE_FIELD(train.max_eval_batches), kFree,
        "Evaluate on the first micro-batches of the held-out split only; null: all.", at_least(1)},
       {"train", "sample_prompts", RECIPE_FIELD(train.sample_prompts), kFree,
@@ -483,6 +512,7 @@ struct TypeText {
   std::string operator()(Accessor<std::optional<int64_t>>) const { return "integer or null"; }
   std::string operator()(Accessor<std::optional<double>>) const { return "number or null"; }
   std::string operator()(Accessor<std::vector<int64_t>>) const { return "list of integers"; }
+  std::string operator()(Accessor<std::vector<double>>) const { return "list of numbers"; }
   std::string operator()(Accessor<std::vector<std::string>>) const { return "list of text"; }
 };
 

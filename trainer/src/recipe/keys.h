@@ -19,7 +19,8 @@ template <typename T>
 using Accessor = T& (*)(Recipe&);
 using Field = std::variant<Accessor<bool>, Accessor<int64_t>, Accessor<double>, Accessor<std::string>,
                            Accessor<std::optional<int64_t>>, Accessor<std::optional<double>>,
-                           Accessor<std::vector<int64_t>>, Accessor<std::vector<std::string>>>;
+                           Accessor<std::vector<int64_t>>, Accessor<std::vector<double>>,
+                           Accessor<std::vector<std::string>>>;
 
 // Allowed numbers. Integers are compared as doubles, which is exact below 2^53.
 struct Range {

@@ -1,4 +1,6 @@
 // From YAML text and overrides to a checked Recipe.
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <charconv>
 #include <cmath>
@@ -149,6 +151,9 @@ struct Setter {
   void operator()(Accessor<std::vector<int64_t>> field) const {
     list(field(recipe), [&](const YamlNode& n) { return integer(n); });
   }
+  void operator()(Accessor<std::vector<double>> field) const {
+    list(field(recipe), [&](const YamlNode& n) { return number(n); });
+  }
   void operator()(Accessor<std::vector<std::string>> field) const {
     list(field(recipe), [&](const YamlNode& n) { return text(n); });
   }
@@ -166,13 +171,7 @@ struct Setter {
   template <typename T>
   void add(std::vector<T>& out, T element) const {
     if (std::find(out.begin(), out.end(), element) != out.end()) {
-      std::string shown;
-      if constexpr (std::is_same_v<T, int64_t>) {
-        shown = std::to_string(element);
-      } else {
-        shown = element;
-      }
-      throw Error(where + ": " + key.full_name() + " names " + shown + " twice");
+      throw Error(fmt::format("{}: {} names {} twice", where, key.full_name(), element));
     }
     out.push_back(std::move(element));
   }
@@ -376,7 +375,8 @@ void Parser::check() {
     throw Error(origin("attention.max_keys") + ": attention.max_keys (" + std::to_string(*a.max_keys) +
                 ") must be at least attention.min_keys (" + std::to_string(a.min_keys) + ")");
   }
-  if (!r.uses_topk() && r.logging.probe_steps == 0) {  // probes look at the budget too
+  // Evaluation at other ratios and probes look at these too.
+  if (!r.uses_topk() && r.train.eval_ratios.empty() && r.logging.probe_steps == 0) {
     for (const auto& [full_name, where] : origins) {
       if (full_name.rfind("attention.", 0) == 0 && full_name != "attention.mode") {
         note(where, full_name + " has no effect: nothing in this run uses top-k attention");

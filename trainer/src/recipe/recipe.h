@@ -59,9 +59,13 @@ struct TrainSection {
   int64_t seed = 42;
   bool deterministic = false;
   std::optional<int64_t> num_threads;
-  std::string on_nonfinite = "stop";  // stop, skip
+  std::string on_nonfinite = "stop";   // stop, skip
+  std::string sharding = "optimizer";  // none, optimizer, full
+  int64_t sequence_parallel = 1;
+  double rank_timeout = 20.0;
   int64_t eval_steps = 0;
   std::vector<std::string> eval_attention;  // topk, dense; empty: the attention trained with
+  std::vector<double> eval_ratios;          // and top-k attention at each of these
   std::optional<int64_t> max_eval_batches;
   std::string sample_prompts;
   int64_t sample_steps = 0;

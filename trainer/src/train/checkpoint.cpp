@@ -33,39 +33,51 @@ void write_tensors(const std::string& path, const NamedTensors& tensors, DType d
   writer.commit();
 }
 
-NamedTensors with_prefix(const std::string& prefix, NamedTensors tensors) {
-  for (auto& [name, tensor] : tensors) name = prefix + name;
-  return tensors;
-}
+// The float32 state of all parameters, as (prefix of the names, which) one behind the other.
+using StateParts = std::vector<std::pair<std::string, RankOptimizer::State>>;
 
-// The tensors of `like`, in its order, from a file; shapes must agree.
-std::vector<at::Tensor> read_tensors(const SafetensorsFile& file, const std::string& prefix,
-                                     const NamedTensors& like) {
-  std::vector<at::Tensor> out;
-  for (const auto& [name, tensor] : like) {
-    const TensorInfo& info = file.at(prefix + name);
-    if (info.dtype != DType::kF32 || info.shape != tensor.sizes().vec()) {
-      fail("{}: {} is {} {}, but this run has F32 {}", file.path(), prefix + name, dtype_name(info.dtype),
-           shape_string(info.shape), shape_string(tensor.sizes().vec()));
+void write_state(const std::string& path, const StateParts& parts, const RankOptimizer& optimizer) {
+  SafetensorsWriter writer(path, {{"format", "pt"}});
+  for (const auto& [prefix, state] : parts) {
+    for (const auto& [name, tensor] : optimizer.parameters()) {
+      writer.declare(prefix + name, DType::kF32, tensor.sizes().vec());
     }
-    const auto bytes = file.bytes(info);
-    at::Tensor copy = at::empty(info.shape, at::kFloat);  // the mapping need not be aligned
-    std::memcpy(copy.data_ptr(), bytes.data(), bytes.size());
-    out.push_back(std::move(copy));
   }
-  return out;
+  for (const auto& part : parts) {
+    const std::string& prefix = part.first;
+    optimizer.read_state(part.second, [&](const std::string& name, const at::Tensor& values) {
+      writer.write(prefix + name, values.data_ptr(), values.nbytes());
+    });
+  }
+  writer.commit();
 }
 
+// One tensor of a file; its shape must be that of `like`.
+at::Tensor state_tensor(const SafetensorsFile& file, const std::string& name, const at::Tensor& like) {
+  const TensorInfo& info = file.at(name);
+  if (info.dtype != DType::kF32 || info.shape != like.sizes().vec()) {
+    fail("{}: {} is {} {}, but this run has F32 {}", file.path(), name, dtype_name(info.dtype),
+         shape_string(info.shape), shape_string(like.sizes().vec()));
+  }
+  const auto bytes = file.bytes(info);
+  at::Tensor copy = at::empty(info.shape, at::kFloat);  // the mapping need not be aligned
+  std::memcpy(copy.data_ptr(), bytes.data(), bytes.size());
+  return copy;
+}
+
+const StateParts kWeights = {{"", RankOptimizer::State::kMaster}};
+const StateParts kMoments = {{"exp_avg.", RankOptimizer::State::kExpAvg},
+                             {"exp_avg_sq.", RankOptimizer::State::kExpAvgSq}};
 // Adapters are saved without the weights that they belong to.
 const char* weights_file(const RunPlan& plan) {
   return plan.lora ? "adapter_model.safetensors" : "model.safetensors";
 }
 
 // Generators whose state a run depends on: the CPU's, and the device's own.
-std::vector<std::pair<std::string, at::Generator>> generators(const AdamW& optimizer) {
+std::vector<std::pair<std::string, at::Generator>> generators(const RankOptimizer& optimizer) {
   std::vector<std::pair<std::string, at::Generator>> out;
   out.emplace_back("cpu", at::globalContext().defaultGenerator(at::kCPU));
-  const at::Device device = optimizer.masters().front().second.device();
+  const at::Device device = optimizer.device();
   if (!device.is_cpu()) out.emplace_back("device", at::globalContext().defaultGenerator(device));
   return out;
 }
@@ -130,17 +142,21 @@ std::string fault_of(const RunPlan& plan, const std::string& path) {
 
 }  // namespace
 
-std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const AdamW& optimizer) {
+std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const RankOptimizer& optimizer) {
   const std::string target =
       (fs::path(plan.recipe.checkpoint.output_dir) / fmt::format("step-{}", state.step)).string();
+  if (!plan.ranks.first()) {
+    for (const StateParts* parts : {&kWeights, &kMoments}) {
+      for (const auto& part : *parts) optimizer.read_state(part.second, nullptr);
+    }
+    return target;
+  }
   // A folder of that name is a save that was cut short, or one that was found broken: a whole one is never
   // written twice, because a run does not start below a whole checkpoint.
   AtomicFolder folder(target, /*replace=*/true);
   const fs::path inside = folder.path();
-  write_tensors((inside / weights_file(plan)).string(), optimizer.masters(), DType::kF32);
-  NamedTensors moments = with_prefix("exp_avg.", optimizer.exp_avg());
-  for (auto& entry : with_prefix("exp_avg_sq.", optimizer.exp_avg_sq())) moments.push_back(std::move(entry));
-  write_tensors((inside / "optimizer.safetensors").string(), moments, DType::kF32);
+  write_state((inside / weights_file(plan)).string(), kWeights, optimizer);
+  write_state((inside / "optimizer.safetensors").string(), kMoments, optimizer);
   NamedTensors random;
   for (auto& [name, generator] : generators(optimizer)) random.emplace_back(name, generator.get_state());
   write_tensors((inside / "rng.safetensors").string(), random, DType::kU8);
@@ -225,18 +241,23 @@ std::string find_checkpoint(const RunPlan& plan, const std::string& wanted, std:
   return path;
 }
 
-TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, AdamW& optimizer) {
+TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, RankOptimizer& optimizer) {
   const SavedState saved = read_state(path);
   const SafetensorsFile weights((fs::path(path) / weights_file(plan)).string());
   const SafetensorsFile moments((fs::path(path) / "optimizer.safetensors").string());
   const SafetensorsFile random((fs::path(path) / "rng.safetensors").string());
-  const NamedTensors like = optimizer.masters();
+  const NamedTensors& like = optimizer.parameters();
   if (weights.tensors().size() != like.size()) {
     fail("{}: {} tensors, but the model has {} parameters", weights.path(), weights.tensors().size(),
          like.size());
   }
-  optimizer.restore(saved.updates, read_tensors(weights, "", like), read_tensors(moments, "exp_avg.", like),
-                    read_tensors(moments, "exp_avg_sq.", like));
+  optimizer.restore(saved.updates, [&](RankOptimizer::State state, size_t i) {
+    const auto& [name, tensor] = like[i];
+    for (const auto& [prefix, part] : kMoments) {
+      if (part == state) return state_tensor(moments, prefix + name, tensor);
+    }
+    return state_tensor(weights, name, tensor);
+  });
   for (auto& [name, generator] : generators(optimizer)) {
     const auto bytes = random.view<uint8_t>(name);
     at::Tensor state = at::empty({static_cast<int64_t>(bytes.size())}, at::kByte);

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "data/sampler.h"
-#include "optim/adamw.h"
+#include "dist/rank_optimizer.h"
 #include "train/plan.h"
 
 namespace topk_sft {
@@ -24,8 +24,9 @@ struct TrainState {
 };
 
 // Writes step-N of plan.recipe.checkpoint.output_dir and returns its path. On an error (a full disk) nothing
-// of it remains, and older checkpoints are untouched.
-std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const AdamW& optimizer);
+// of it remains, and older checkpoints are untouched. Rank 0 writes, in the one form that any number of ranks
+// reads, and gets what the others hold a layer at a time.
+std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const RankOptimizer& optimizer);
 
 // The checkpoint that `wanted` (a folder, or "latest") names, verified: whole, and of this run. Appends what
 // the user should know to `notes`. Throws Error that names the fault and offers the previous usable
@@ -33,6 +34,7 @@ std::string save_checkpoint(const RunPlan& plan, const TrainState& state, const 
 std::string find_checkpoint(const RunPlan& plan, const std::string& wanted, std::vector<std::string>& notes);
 
 // Puts weights, moments and random state of a checkpoint back and returns where the run stands.
-TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, AdamW& optimizer);
+// Every rank reads what it owns.
+TrainState restore_checkpoint(const RunPlan& plan, const std::string& path, RankOptimizer& optimizer);
 
 }  // namespace topk_sft

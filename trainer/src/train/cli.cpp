@@ -5,8 +5,9 @@
 namespace topk_sft {
 
 const char* usage_text() {
-  return "usage: topk-sft recipe.yaml [section.key=value ...] [--dry-run] [--resume PATH|latest] "
-         "[--profile FILE]\n"
+  return "usage: topk-sft recipe.yaml [section.key=value ...] [--dry-run] [--evaluate] "
+         "[--resume PATH|latest]\n"
+         "                [--profile FILE]\n"
          "\n"
          "Fine-tunes a causal language model with dense or exact top-k attention, as the recipe says.\n"
          "\n"
@@ -14,6 +15,8 @@ const char* usage_text() {
          "  --dry-run                 checks everything and prints the plan, a memory estimate and the "
          "first\n"
          "                            batch with its loss mask; nothing is computed or written\n"
+         "  --evaluate                measures the held-out loss of model.base_model as it is, trains "
+         "nothing\n"
          "  --resume PATH|latest      continues from that checkpoint, or from the newest one of the run's "
          "folder\n"
          "  --profile FILE            writes a Chrome trace of three steps, past the first ones\n"
@@ -45,8 +48,10 @@ CommandLine parse_command_line(const std::vector<std::string>& arguments) {
       line.action = CommandLine::Action::kHelpRecipeMarkdown;
       return line;
     }
-    if (argument == "--dry-run") {
-      line.action = CommandLine::Action::kDryRun;
+    if (argument == "--dry-run" || argument == "--evaluate") {
+      if (line.action != CommandLine::Action::kTrain)
+        throw UsageError("only one of --dry-run and --evaluate");
+      line.action = argument == "--dry-run" ? CommandLine::Action::kDryRun : CommandLine::Action::kEvaluate;
     } else if (argument == "--resume" || argument.rfind("--resume=", 0) == 0) {
       std::string value;
       if (argument != "--resume") {

@@ -14,7 +14,7 @@ class UsageError : public std::runtime_error {
 };
 
 struct CommandLine {
-  enum class Action { kTrain, kDryRun, kHelp, kHelpRecipe, kHelpRecipeMarkdown, kVersion };
+  enum class Action { kTrain, kEvaluate, kDryRun, kHelp, kHelpRecipe, kHelpRecipeMarkdown, kVersion };
   Action action = Action::kTrain;
   std::string recipe;
   std::vector<std::string> overrides;  // "section.key=value", in order; --resume is one of them

@@ -12,7 +12,7 @@
 namespace topk_sft {
 
 Console::Console(const std::string& mode)
-    : bar_(mode == "bar" || (mode == "auto" && isatty(STDOUT_FILENO) != 0)) {}
+    : bar_(mode == "bar" || (mode == "auto" && isatty(STDOUT_FILENO) != 0)), silent_(mode == "silent") {}
 
 Console::~Console() {
   if (!drawn_.empty()) put("\n");
@@ -25,6 +25,7 @@ void Console::put(const std::string& bytes) {
 }
 
 void Console::line(const std::string& text) {
+  if (silent_) return;
   if (drawn_.empty()) {
     put(text + "\n");
   } else {

@@ -7,7 +7,7 @@ namespace topk_sft {
 
 class Console {
  public:
-  // mode: auto (bar on a terminal), bar, plain.
+  // mode: auto (bar on a terminal), bar, plain; silent shows nothing.
   explicit Console(const std::string& mode);
   ~Console();
 
@@ -22,6 +22,7 @@ class Console {
   void put(const std::string& bytes);
 
   bool bar_;
+  bool silent_;
   std::string drawn_;  // the bar on screen
 };
 

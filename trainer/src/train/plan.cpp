@@ -20,9 +20,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-std::optional<SparsityConfig> recipe_sparsity(const Recipe& recipe, int64_t num_layers) {
+SparsityConfig recipe_sparsity(const Recipe& recipe) {
   const AttentionSection& a = recipe.attention;
-  if (!a.topk && !a.ratio) return std::nullopt;
   SparsityConfig s;
   s.topk = a.topk;
   s.ratio = a.ratio;
@@ -33,7 +32,6 @@ std::optional<SparsityConfig> recipe_sparsity(const Recipe& recipe, int64_t num_
   s.recent = a.recent;
   s.dense_layers = a.dense_layers;
   std::sort(s.dense_layers.begin(), s.dense_layers.end());
-  check_sparsity(s, num_layers, "section attention");
   return s;
 }
 
@@ -108,16 +106,26 @@ std::string describe_memory(const RunPlan& plan) {
   MemorySettings settings;
   settings.bfloat16 = r.model.dtype == "bfloat16";
   settings.cuda = r.model.device != "cpu";
-  settings.tokens = largest_batch(plan);
+  settings.tokens = largest_batch(plan) / plan.ranks.sequence_ranks;
   settings.longest = plan.train.plan.longest;
   settings.kept = r.attention.mode == "topk" ? kept_keys(*plan.sparsity, plan.train.plan.longest) : 0;
-  settings.accumulates = r.train.gradient_accumulation_steps > 1;
+  settings.accumulates = r.train.gradient_accumulation_steps > 1 || plan.ranks.several();
   settings.checkpointing = r.train.gradient_checkpointing;
   settings.keeps_attention = r.train.recompute == "all_but_attention";
   settings.offloads = r.train.offload_activations;
   settings.lora = plan.lora;
-  const MemoryEstimate m = estimate_memory(plan.config, settings);
-  std::string out = fmt::format("about {}: weights {}", bytes_text(m.total()), bytes_text(m.weights));
+  MemoryEstimate m = estimate_memory(plan.config, settings);
+  const auto ranks = static_cast<double>(plan.ranks.world);
+  if (r.train.sharding != "none") {
+    m.master_weights /= ranks;
+    m.moments /= ranks;
+  }
+  if (r.train.sharding == "full" && !plan.lora) {
+    m.weights /= ranks;
+    m.gradients /= ranks;
+  }
+  std::string out = fmt::format("about {}{}: weights {}", bytes_text(m.total()),
+                                plan.ranks.several() ? " a rank" : "", bytes_text(m.weights));
   if (settings.bfloat16) out += fmt::format(", float32 masters {}", bytes_text(m.master_weights));
   out += fmt::format(
       ", gradients {}, moments {}, activations {} kept and {} at work (micro-batches of up to {} tokens), "
@@ -126,6 +134,45 @@ std::string describe_memory(const RunPlan& plan) {
       count_text(settings.tokens), bytes_text(m.logits));
   if (settings.offloads) out += fmt::format("; {} of activations in host memory", bytes_text(m.host));
   return out;
+}
+
+std::string describe_ranks(const RunPlan& plan) {
+  const RankLayout& ranks = plan.ranks;
+  const std::string& sharding = plan.recipe.train.sharding;
+  std::string out = fmt::format("{}, {} micro-batches at a time", ranks.world, ranks.data_ranks());
+  if (ranks.sequence_ranks > 1) out += fmt::format(", each over the heads of {} ranks", ranks.sequence_ranks);
+  if (sharding == "none") return out + "; nothing is divided";
+  return out + (sharding == "full" ? "; weights, gradients and the optimizer's state are divided"
+                                   : "; the optimizer's state is divided");
+}
+
+// Micro-batches in one optimizer step of all ranks.
+int64_t micro_batches_per_step(const RunPlan& plan) {
+  return plan.recipe.train.gradient_accumulation_steps * plan.ranks.data_ranks();
+}
+
+// The division of the ranks, and this rank's device.
+void lay_out_ranks(RunPlan& plan, const Launch& launch) {
+  const TrainSection& t = plan.recipe.train;
+  const ModelConfig& c = plan.config;
+  plan.ranks = {launch.rank, launch.world, t.sequence_parallel};
+  const int64_t n = t.sequence_parallel;
+  if (launch.world % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the number of ranks, {}", n, launch.world);
+  }
+  if (c.num_heads % n != 0 || c.num_kv_heads % n != 0) {
+    fail("train.sequence_parallel is {}: it must divide the model's {} heads and {} KV heads", n, c.num_heads,
+         c.num_kv_heads);
+  }
+  plan.device = plan.recipe.model.device;
+  if (!plan.ranks.several() || plan.device == "cpu") return;
+  if (plan.device != "cuda") {
+    fail(
+        "model.device is {}: with several ranks it must be cuda, of which each takes the GPU of its "
+        "LOCAL_RANK",
+        plan.device);
+  }
+  plan.device = fmt::format("cuda:{}", launch.local_rank);
 }
 
 std::string describe_schedule(const RunPlan& plan) {
@@ -146,12 +193,19 @@ std::string describe_schedule(const RunPlan& plan) {
 
 Sampler RunPlan::make_sampler() const {
   return Sampler(static_cast<int64_t>(train.bins.size()), recipe.train.micro_batch_size,
-                 recipe.train.gradient_accumulation_steps, recipe.data.shuffle,
+                 micro_batches_per_step(*this), recipe.data.shuffle,
                  static_cast<uint64_t>(recipe.train.seed));
 }
 
 std::optional<SparsityConfig> RunPlan::sparsity_of(const std::string& mode) const {
   return mode == "topk" ? sparsity : std::nullopt;
+}
+
+SparsityConfig RunPlan::sparsity_at(double ratio) const {
+  SparsityConfig s = recipe_sparsity(recipe);
+  s.topk.reset();
+  s.ratio = ratio;
+  return s;
 }
 
 Json RunPlan::identity() const {
@@ -168,16 +222,25 @@ Json RunPlan::identity() const {
   for (const Key& key : recipe_keys()) {
     if (key.on_resume == OnResume::kMustMatch) out[key.full_name()] = value_text(key, recipe);
   }
+  // A run may go on with another number of ranks if its steps stay the same.
+  out["train.gradient_accumulation_steps"] = std::to_string(micro_batches_per_step(*this));
   return out;
 }
 
-RunPlan make_plan(const Recipe& recipe) {
+RunPlan make_plan(const Recipe& recipe, const Launch& launch) {
   RunPlan plan;
   plan.recipe = recipe;
   const std::string& folder = recipe.model.base_model;
   if (!fs::is_directory(folder)) fail("model.base_model: {} is not a folder", folder);
   plan.config = read_model_config(folder);
-  plan.sparsity = recipe_sparsity(recipe, plan.config.num_layers);
+  lay_out_ranks(plan, launch);
+  if (recipe.attention.topk || recipe.attention.ratio) {
+    plan.sparsity = recipe_sparsity(recipe);
+    check_sparsity(*plan.sparsity, plan.config.num_layers, "section attention");
+  }
+  for (const double ratio : recipe.train.eval_ratios) {
+    check_sparsity(plan.sparsity_at(ratio), plan.config.num_layers, "section attention");
+  }
   if (recipe.model.adapter == "lora") {
     const ModelSection& m = recipe.model;
     plan.lora = LoraOptions{m.lora_r, m.lora_alpha, m.lora_target_modules};
@@ -274,13 +337,14 @@ std::string describe_plan(const RunPlan& plan) {
   add("steps",
       fmt::format("{} ({:.2f} epochs of {}); {} x {} sequences of up to {} tokens each", plan.total_steps,
                   static_cast<double>(plan.total_steps) / static_cast<double>(plan.steps_per_epoch),
-                  plan.steps_per_epoch, r.train.gradient_accumulation_steps, r.train.micro_batch_size,
+                  plan.steps_per_epoch, micro_batches_per_step(plan), r.train.micro_batch_size,
                   r.data.sequence_len));
   add("optimizer",
       fmt::format("AdamW, betas {:g} and {:g}, epsilon {:g}, weight decay {:g}, clipped at {}",
                   r.optim.adam_beta1, r.optim.adam_beta2, r.optim.adam_epsilon, r.optim.weight_decay,
                   r.optim.max_grad_norm > 0 ? fmt::format("{:g}", r.optim.max_grad_norm) : "nothing"));
   add("schedule", describe_schedule(plan));
+  if (plan.ranks.several()) add("ranks", describe_ranks(plan));
   add("memory", describe_memory(plan));
   add("output", r.checkpoint.output_dir);
   return out;

@@ -1,7 +1,6 @@
 #include "train/step.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/isfinite.h>
 #include <ATen/ops/stack.h>
 #include <ATen/record_function.h>
 #include <fmt/format.h>
@@ -9,11 +8,37 @@
 #include <algorithm>
 #include <cmath>
 
+#include "dist/sequence.h"
 #include "train/batch.h"
 
 namespace topk_sft {
 
 namespace {
+
+// Forward and backward of this rank's micro-batch of a round, and its summed loss; undefined if the rank has
+// none in this round, in which case it only does its part for the others.
+at::Tensor backward(CausalLM& model, RankOptimizer& optimizer, const RunPlan& plan,
+                    const StepPlan& micro_batches, const std::vector<size_t>& mine, size_t round, bool last,
+                    int64_t targets) {
+  if (round >= mine.size()) {
+    optimizer.idle_micro_batch(last);
+    return at::Tensor();
+  }
+  const PackedBatch batch =
+      make_batch(plan.train_data, plan.train, micro_batches[mine[round]], model.device());
+  optimizer.begin_micro_batch(last);
+  at::Tensor sum;
+  {
+    RECORD_USER_SCOPE("forward");
+    sum = model.loss_sum(sequence_part(batch, plan.ranks));
+  }
+  {
+    RECORD_USER_SCOPE("backward");
+    sum.div(targets).backward();
+    optimizer.end_micro_batch();
+  }
+  return sum.detach();
+}
 
 // Documents in a micro-batch, by their number in the training data.
 std::string documents_text(const RunPlan& plan, const std::vector<int64_t>& sequences) {
@@ -35,26 +60,40 @@ std::string place(const RunPlan& plan, const StepPlan& micro_batches, int64_t st
                      micro_batches.size(), documents_text(plan, micro_batches[micro_batch]));
 }
 
-std::string first_bad_weight(const AdamW& optimizer) {
-  for (const auto& [name, master] : optimizer.masters()) {
-    if (!at::isfinite(master).all().item<bool>()) return name;
-  }
-  return "";
+// What this rank says of its losses; all ranks together. Empty if they are finite.
+std::string locate_loss(const RankOptimizer& optimizer, const RunPlan& plan, const StepPlan& micro_batches,
+                        int64_t step, const std::vector<double>& losses, Ranks& ranks) {
+  const std::string weight = ranks.first_text(0, optimizer.bad_parameter());
+  const std::vector<size_t> mine = plan.ranks.share(micro_batches.size());
+  size_t bad = 0;
+  while (bad < losses.size() && std::isfinite(losses[bad])) ++bad;
+  if (bad == losses.size()) return ranks.first_text(0, "");
+  const std::string text =
+      fmt::format("{}: the loss is {}; {}", place(plan, micro_batches, step, mine[bad]), losses[bad],
+                  weight.empty() ? "all parameters are finite"
+                                 : "parameter " + weight + " holds a value that is not finite");
+  return ranks.first_text(static_cast<int64_t>(mine[bad]), text);
 }
 
 // Runs the micro-batches once more, one at a time, to find the one and the parameter in which a non-finite
 // gradient arises. Only called when the run has gone wrong.
-std::string locate_gradient(CausalLM& model, AdamW& optimizer, const RunPlan& plan,
-                            const StepPlan& micro_batches, int64_t step, int64_t targets) {
-  for (size_t i = 0; i < micro_batches.size(); ++i) {
-    optimizer.zero_grad(/*single_pass=*/true);
-    model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()))
-        .div(targets)
-        .backward();
-    optimizer.accumulate();
-    if (const std::string name = optimizer.nonfinite_gradient(); !name.empty()) {
-      return fmt::format("{}: the gradient of {} is not finite", place(plan, micro_batches, step, i), name);
+std::string locate_gradient(CausalLM& model, RankOptimizer& optimizer, const RunPlan& plan,
+                            const StepPlan& micro_batches, int64_t step, int64_t targets, Ranks& ranks) {
+  const std::vector<size_t> mine = plan.ranks.share(micro_batches.size());
+  const size_t rounds = plan.ranks.rounds(micro_batches.size());
+  for (size_t round = 0; round < rounds; ++round) {
+    optimizer.inspect_gradients(true);
+    backward(model, optimizer, plan, micro_batches, mine, round, /*last=*/true, targets);
+    const std::string name = optimizer.bad_gradient();
+    optimizer.inspect_gradients(false);
+    std::string text;
+    int64_t order = 0;
+    if (!name.empty()) {
+      text = fmt::format("{}: the gradient of {} is not finite",
+                         place(plan, micro_batches, step, mine[round]), name);
+      order = static_cast<int64_t>(mine[round]);
     }
+    if (text = ranks.first_text(order, text); !text.empty()) return text;
   }
   return fmt::format(
       "step {}: the norm of the gradients is not finite, though each micro-batch's gradients are: they "
@@ -64,53 +103,44 @@ std::string locate_gradient(CausalLM& model, AdamW& optimizer, const RunPlan& pl
 
 }  // namespace
 
-StepResult run_step(CausalLM& model, AdamW& optimizer, const RunPlan& plan, const StepPlan& micro_batches,
-                    int64_t step, const std::function<bool(int64_t)>& go_on) {
+StepResult run_step(CausalLM& model, RankOptimizer& optimizer, const RunPlan& plan,
+                    const StepPlan& micro_batches, int64_t step, Ranks& ranks,
+                    const std::function<bool(int64_t)>& go_on) {
   StepResult result;
   for (const auto& sequences : micro_batches) {
     result.tokens += plan.train.tokens(sequences);
     result.targets += plan.train.targets(sequences);
   }
-  optimizer.zero_grad(/*single_pass=*/micro_batches.size() == 1);
+  const std::vector<size_t> mine = plan.ranks.share(micro_batches.size());
+  const size_t rounds = plan.ranks.rounds(micro_batches.size());
+  optimizer.zero_grad(/*single_pass=*/rounds == 1);
   std::vector<at::Tensor> sums;
-  for (size_t i = 0; i < micro_batches.size(); ++i) {
-    at::Tensor sum;
-    {
-      RECORD_USER_SCOPE("forward");
-      sum = model.loss_sum(make_batch(plan.train_data, plan.train, micro_batches[i], model.device()));
-    }
-    sums.push_back(sum.detach());
-    {
-      RECORD_USER_SCOPE("backward");
-      sum.div(result.targets).backward();
-      optimizer.accumulate();
-    }
-    if (!go_on(static_cast<int64_t>(i) + 1)) {
+  for (size_t round = 0; round < rounds; ++round) {
+    const bool last = round + 1 == rounds;
+    const at::Tensor sum = backward(model, optimizer, plan, micro_batches, mine, round, last, result.targets);
+    if (sum.defined()) sums.push_back(sum);
+    const auto done = static_cast<int64_t>(round + 1) * plan.ranks.data_ranks();
+    const bool stop = !go_on(std::min(done, static_cast<int64_t>(micro_batches.size())));
+    if (!last && ranks.any(stop)) {
       result.stopped = true;
       return result;
     }
   }
   // The step's only wait for the device: its losses and the norm, together.
-  sums.push_back(optimizer.grad_norm());
-  for (at::Tensor& value : sums) value = value.to(sums.front().device(), at::kDouble);
+  sums.push_back(optimizer.finish_gradients());
+  for (at::Tensor& value : sums) value = value.to(model.device(), at::kDouble);
   const at::Tensor values = at::stack(sums).to(at::kCPU);
   const double* value = values.const_data_ptr<double>();
+  const std::vector<double> losses(value, value + mine.size());
   double loss_sum = 0;
-  for (size_t i = 0; i < micro_batches.size(); ++i) {
-    if (!std::isfinite(value[i])) {
-      const std::string weight = first_bad_weight(optimizer);
-      result.nonfinite =
-          fmt::format("{}: the loss is {}; {}", place(plan, micro_batches, step, i), value[i],
-                      weight.empty() ? "all parameters are finite"
-                                     : "parameter " + weight + " holds a value that is not finite");
-      return result;
-    }
-    loss_sum += value[i];
-  }
-  result.loss = loss_sum / static_cast<double>(result.targets);
-  result.grad_norm = value[micro_batches.size()];
-  if (!std::isfinite(result.grad_norm)) {
-    result.nonfinite = locate_gradient(model, optimizer, plan, micro_batches, step, result.targets);
+  for (const double loss : losses) loss_sum += loss;
+  const std::vector<double> total = ranks.sum({loss_sum, value[mine.size()]});
+  result.loss = total[0] / static_cast<double>(result.targets);
+  result.grad_norm = std::sqrt(total[1]);
+  if (!std::isfinite(total[0])) {
+    result.nonfinite = locate_loss(optimizer, plan, micro_batches, step, losses, ranks);
+  } else if (!std::isfinite(result.grad_norm)) {
+    result.nonfinite = locate_gradient(model, optimizer, plan, micro_batches, step, result.targets, ranks);
   }
   return result;
 }

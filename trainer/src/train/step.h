@@ -6,8 +6,9 @@
 #include <string>
 
 #include "data/sampler.h"
+#include "dist/rank_optimizer.h"
+#include "dist/ranks.h"
 #include "model/model.h"
-#include "optim/adamw.h"
 #include "train/plan.h"
 
 namespace topk_sft {
@@ -24,7 +25,11 @@ struct StepResult {
 // Fills the optimizer's gradients with those of the mean loss over all targets of the step: the sum over
 // micro-batches of their loss sums, divided by the number of targets of the whole step.
 // `go_on(micro_batches_done)` is asked after each micro-batch. `step` counts from 1 and is used in messages.
-StepResult run_step(CausalLM& model, AdamW& optimizer, const RunPlan& plan, const StepPlan& micro_batches,
-                    int64_t step, const std::function<bool(int64_t)>& go_on);
+//
+// `micro_batches` are those of all ranks, which run theirs at the same time and get the same result; a rank
+// that is asked to stop stops all.
+StepResult run_step(CausalLM& model, RankOptimizer& optimizer, const RunPlan& plan,
+                    const StepPlan& micro_batches, int64_t step, Ranks& ranks,
+                    const std::function<bool(int64_t)>& go_on);
 
 }  // namespace topk_sft

@@ -10,13 +10,16 @@
 #include <cmath>
 #include <cstdlib>
 #include <filesystem>
+#include <optional>
 
+#include "dist/rank_optimizer.h"
+#include "dist/ranks.h"
+#include "dist/sequence.h"
 #include "io/atomic_file.h"
 #include "io/error.h"
 #include "model/export_hf.h"
 #include "model/model.h"
 #include "model/probe.h"
-#include "optim/adamw.h"
 #include "train/checkpoint.h"
 #include "train/checkpoint_dir.h"
 #include "train/console.h"
@@ -50,7 +53,7 @@ LoadedModel load_model(const RunPlan& plan) {
   const Recipe& r = plan.recipe;
   LoadedModel loaded;
   LoadOptions options;
-  options.device = at::Device(r.model.device);
+  options.device = at::Device(plan.device);
   options.dtype = r.model.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
   // Masters start from the weights as they are stored, not from their bfloat16 rounding.
   const bool stored_wider = r.model.random_init || plan.config.dtype != "bfloat16";
@@ -74,7 +77,7 @@ Recompute recompute_of(const TrainSection& t) {
 // One run in progress; its parts are made in the order of the members.
 class Run {
  public:
-  Run(const RunPlan& plan, Console& console, LoadedModel loaded, std::string profile);
+  Run(const RunPlan& plan, Console& console, Ranks& ranks, LoadedModel loaded, std::string profile);
   void train();
 
  private:
@@ -95,11 +98,12 @@ class Run {
   const RunPlan& plan_;
   const Recipe& recipe_;
   Console& console_;
+  Ranks& ranks_;
   LoadedModel loaded_;
   CausalLM& model_;
   std::vector<std::vector<int64_t>> prompts_;  // to complete now and then
   TextOfIds text_;
-  AdamW optimizer_;
+  RankOptimizer optimizer_;
   Sampler sampler_;
   FlopCounter flops_;
   double peak_flops_ = 0;
@@ -124,23 +128,32 @@ AdamWOptions adamw_options(const OptimSection& o) {
   return options;
 }
 
-Run::Run(const RunPlan& plan, Console& console, LoadedModel loaded, std::string profile)
+Run::Run(const RunPlan& plan, Console& console, Ranks& ranks, LoadedModel loaded, std::string profile)
     : plan_(plan),
       recipe_(plan.recipe),
       console_(console),
+      ranks_(ranks),
       loaded_(std::move(loaded)),
       model_(*loaded_.model),
       prompts_(load_sample_prompts(plan)),
       text_(recipe_.model.base_model),
-      optimizer_(model_.trained_parameters(), adamw_options(recipe_.optim), std::move(loaded_.masters)),
+      optimizer_(model_, adamw_options(recipe_.optim), std::move(loaded_.masters), ranks,
+                 sharding_of(recipe_.train.sharding)),
       sampler_(plan.make_sampler()),
       flops_(plan.config, plan.sparsity_of(recipe_.attention.mode),
              std::max<int64_t>(1, plan.train.plan.longest), plan.lora),
-      profile_(std::move(profile)) {
+      profile_(ranks.first() ? std::move(profile) : "") {
   model_.set_activation_checkpointing(recompute_of(recipe_.train), recipe_.train.offload_activations);
   AttentionSettings attention = attention_settings(plan.sparsity_of(recipe_.attention.mode));
   attention.options.deterministic = recipe_.train.deterministic;
   model_.set_attention(attention);
+  if (plan.ranks.sequence_ranks > 1) {
+    model_.set_sequence_parallel(plan.ranks.sequence_ranks,
+                                 [&ranks](std::shared_ptr<const PackedAttention> inner) {
+                                   return sequence_attention(ranks, std::move(inner));
+                                 });
+  }
+  if (!ranks.first()) return;  // the others show nothing
   peak_flops_ = recipe_.logging.peak_tflops ? *recipe_.logging.peak_tflops * 1e12
                                             : measured_peak_flops(model_.device(), model_.dtype());
 }
@@ -150,7 +163,8 @@ void Run::train() {
   std::string checkpoint;
   if (!wanted.empty()) {
     std::vector<std::string> notes;
-    checkpoint = find_checkpoint(plan_, wanted, notes);
+    if (ranks_.first()) checkpoint = find_checkpoint(plan_, wanted, notes);
+    checkpoint = ranks_.from_first(checkpoint);
     for (const std::string& note : notes) console_.line("note: " + note);
     state_ = restore_checkpoint(plan_, checkpoint, optimizer_);
     sampler_.restore(state_.sampler);
@@ -166,8 +180,10 @@ void Run::train() {
     }
   }
   const std::string& output_dir = recipe_.checkpoint.output_dir;
-  write_file_atomic(output_dir + "/recipe.yaml", recipe_to_yaml(recipe_));
-  log_ = std::make_unique<RunLog>(output_dir, recipe_.logging.jsonl, recipe_.logging.tensorboard);
+  const bool first = ranks_.first();
+  if (first) write_file_atomic(output_dir + "/recipe.yaml", recipe_to_yaml(recipe_));
+  log_ = std::make_unique<RunLog>(output_dir, first && recipe_.logging.jsonl,
+                                  first && recipe_.logging.tensorboard);
   Json start = {{"step", state_.step},
                 {"total_steps", plan_.total_steps},
                 {"parameters", parameter_count(plan_.config)},
@@ -176,6 +192,7 @@ void Run::train() {
                 {"peak_tflops", peak_flops_ / 1e12},
                 {"peak_tflops_measured", !recipe_.logging.peak_tflops.has_value()},
                 {"threads", at::get_num_threads()},
+                {"ranks", plan_.ranks.world},
                 {"identity", plan_.identity()}};
   if (!checkpoint.empty()) start["checkpoint"] = checkpoint;
   log_->event(checkpoint.empty() ? "start" : "resume", start);
@@ -203,7 +220,7 @@ Run::Outcome Run::loop() {
   if (state_.step == 0 && recipe_.train.sample_steps > 0) sample();
   StepProfiler profiler(profile_, model_.device(), plan_.total_steps - state_.step);
   while (state_.step < plan_.total_steps) {
-    if (stop_signal() != 0) return Outcome::kStopped;
+    if (ranks_.any(stop_signal() != 0)) return Outcome::kStopped;
     const auto begin = Clock::now();
     profiler.before_step();
     const StepPlan micro_batches = sampler_.next_step();
@@ -248,9 +265,11 @@ void Run::finish() {
   if (recipe_.checkpoint.save_at_end) save();
   if (recipe_.checkpoint.export_model) {
     const std::string target = recipe_.checkpoint.output_dir + "/final";
-    export_hf(model_, recipe_.model.base_model, target, model_.attention(), /*replace=*/true);
-    log_->event("export", {{"step", state_.step}, {"path", target}});
-    console_.line("model written to " + target);
+    optimizer_.on_first_with_whole_model([&] {
+      export_hf(model_, recipe_.model.base_model, target, model_.attention(), /*replace=*/true);
+      log_->event("export", {{"step", state_.step}, {"path", target}});
+      console_.line("model written to " + target);
+    });
   }
   if (evaluated_step_ != state_.step) evaluate_all();
   if (sampled_step_ != state_.step) sample();
@@ -263,14 +282,14 @@ void Run::finish() {
 StepResult Run::step(const StepPlan& micro_batches) {
   const int64_t every = recipe_.logging.probe_steps;
   probe_.reset();
-  if (every > 0 && (state_.step + 1) % every == 0) {
+  if (ranks_.first() && every > 0 && (state_.step + 1) % every == 0) {
     std::optional<topk_attn::Options> budget;
     if (plan_.sparsity) budget = attention_settings(plan_.sparsity).options;
     probe_ = std::make_shared<AttentionProbe>(budget);
   }
   model_.set_attention_probe(probe_);
   const auto total = static_cast<double>(plan_.total_steps);
-  return run_step(model_, optimizer_, plan_, micro_batches, state_.step + 1, [&](int64_t done) {
+  return run_step(model_, optimizer_, plan_, micro_batches, state_.step + 1, ranks_, [&](int64_t done) {
     const double share = static_cast<double>(done) / static_cast<double>(micro_batches.size());
     console_.progress(static_cast<double>(state_.step) + share, total, bar_text("training"));
     return stop_signal() == 0 || done == static_cast<int64_t>(micro_batches.size());
@@ -295,8 +314,9 @@ void Run::report(const StepResult& result, const StepPlan& micro_batches, double
       }
     }
   }
-  const double mfu = flops.spent / seconds / peak_flops_;
-  const double mfu_dense = flops.dense / seconds / peak_flops_;
+  const double peak = peak_flops_ * static_cast<double>(plan_.ranks.world);
+  const double mfu = flops.spent / seconds / peak;
+  const double mfu_dense = flops.dense / seconds / peak;
   const double tokens_per_second = static_cast<double>(result.tokens) / seconds;
   const double memory = memory_in_use(model_.device());
   const double epoch =
@@ -369,38 +389,34 @@ void Run::skip(const StepResult& result) {
 
 bool Run::evaluate_all() {
   if (plan_.eval.bins.empty()) return true;
-  std::string text;
-  Json fields = {{"step", state_.step}};
-  std::vector<std::pair<std::string, double>> scalars;
-  for (const std::string& mode : recipe_.eval_modes()) {
-    const auto result = evaluate(model_, plan_, mode, [&](int64_t done, int64_t total) {
+  std::vector<EvalResult> results;
+  for (const EvalMode& mode : eval_modes(plan_)) {
+    const auto result = evaluate(model_, &optimizer_, plan_, ranks_, mode, [&](int64_t done, int64_t total) {
       console_.progress(static_cast<double>(state_.step), static_cast<double>(plan_.total_steps),
-                        fmt::format("evaluating ({}) {}/{}", mode, done, total));
+                        fmt::format("evaluating ({}) {}/{}", mode.name, done, total));
       return stop_signal() == 0;
     });
     if (!result) return false;
-    text += fmt::format("{} loss {:.4f} under {} attention (perplexity {:.2f})", text.empty() ? "" : ",",
-                        result->loss, mode, std::exp(result->loss));
-    fields["loss_" + mode] = result->loss;
-    fields["targets"] = result->targets;
-    fields["seconds_" + mode] = result->seconds;
-    scalars.emplace_back("eval/loss_" + mode, result->loss);
+    results.push_back(*result);
   }
   evaluated_step_ = state_.step;
-  log_->event("eval", fields);
+  std::vector<std::pair<std::string, double>> scalars;
+  for (const EvalResult& result : results) scalars.emplace_back("eval/loss_" + result.mode, result.loss);
+  log_->event("eval", eval_fields(state_.step, results));
   log_->scalars(state_.step, scalars);
-  console_.line(fmt::format("held out after step {}:{}, {} targets", state_.step, text,
-                            count_text(fields["targets"].get<int64_t>())));
+  console_.line(fmt::format("held out after step {}: {}", state_.step, eval_text(results)));
   return true;
 }
 
 void Run::sample() {
   if (prompts_.empty()) return;
   sampled_step_ = state_.step;
-  for (const Completion& c : complete_prompts(model_, plan_, prompts_, text_, state_.step)) {
-    log_->event("sample", {{"step", state_.step}, {"prompt", c.prompt}, {"completion", c.completion}});
-    console_.line(fmt::format("sample after step {}: {} => {}", state_.step, c.prompt, c.completion));
-  }
+  optimizer_.on_first_with_whole_model([&] {
+    for (const Completion& c : complete_prompts(model_, plan_, prompts_, text_, state_.step)) {
+      log_->event("sample", {{"step", state_.step}, {"prompt", c.prompt}, {"completion", c.completion}});
+      console_.line(fmt::format("sample after step {}: {} => {}", state_.step, c.prompt, c.completion));
+    }
+  });
 }
 
 void Run::save() {
@@ -408,36 +424,57 @@ void Run::save() {
   const auto begin = Clock::now();
   const std::string path = save_checkpoint(plan_, state_, optimizer_);
   saved_step_ = state_.step;
+  if (!ranks_.first()) {
+    ranks_.wait_for_first();
+    return;
+  }
   const auto removed = prune_checkpoints(recipe_.checkpoint.output_dir, recipe_.checkpoint.save_total_limit);
   log_->event("checkpoint", {{"step", state_.step}, {"path", path}, {"removed", removed}});
   console_.line(fmt::format("checkpoint {} written in {}{}", path, duration_text(seconds_since(begin)),
                             removed.empty() ? "" : fmt::format("; {} older removed", removed.size())));
+  ranks_.wait_for_first();
 }
 
 }  // namespace
 
-void run_training(const RunPlan& plan, const std::vector<std::string>& notes, const std::string& profile) {
+void run_training(const RunPlan& plan, const std::vector<std::string>& notes, const std::string& profile,
+                  RankStore* store) {
   const Recipe& r = plan.recipe;
-  Console console(r.logging.progress);
+  Console console(plan.ranks.first() ? r.logging.progress : "silent");
   for (const std::string& note : notes) console.line("note: " + note);
   for (const std::string& note : plan.notes) console.line("note: " + note);
   std::string text = describe_plan(plan);
   text.pop_back();
   console.line(text);
-  const RunFolder folder(r.checkpoint.output_dir, /*fresh=*/r.checkpoint.resume_from_checkpoint.empty());
+  // Rank 0 alone writes.
+  std::optional<RunFolder> folder;
+  if (plan.ranks.first()) {
+    folder.emplace(r.checkpoint.output_dir, /*fresh=*/r.checkpoint.resume_from_checkpoint.empty());
+  }
   if (r.train.num_threads) at::set_num_threads(static_cast<int>(*r.train.num_threads));
   if (r.train.deterministic) {
     // cuBLAS is deterministic only with a fixed workspace, which it reads from here when it starts.
     setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);
     at::globalContext().setDeterministicAlgorithms(true, /*warn_only=*/false);
   }
-  for (const at::Device device : {at::Device(at::kCPU), at::Device(r.model.device)}) {
+  for (const at::Device device : {at::Device(at::kCPU), at::Device(plan.device)}) {
     at::Generator generator = at::globalContext().defaultGenerator(device);
     generator.set_current_seed(static_cast<uint64_t>(r.train.seed));
   }
   load_sample_prompts(plan);  // checked before the model is loaded
-  Run run(plan, console, load_model(plan), profile);
-  run.train();
+  LoadedModel loaded = load_model(plan);
+  std::unique_ptr<Ranks> ranks = store == nullptr
+                                     ? std::make_unique<Ranks>()
+                                     : std::make_unique<Ranks>(*store, plan.ranks, at::Device(plan.device));
+  try {
+    Run run(plan, console, *ranks, std::move(loaded), profile);
+    run.train();
+  } catch (const std::exception&) {
+    // What an operation said about the loss of another rank matters less than which rank it was.
+    if (ranks->broken()) store->await_verdict();
+    throw;
+  }
+  if (store != nullptr) store->leave();
 }
 
 }  // namespace topk_sft

@@ -6,6 +6,7 @@
 // V.
 #include "../common/mma.cuh"
 #include "cache.cuh"
+#include "launch.cuh"
 #include "values.cuh"
 
 namespace topk_attn::cuda::decode {
@@ -47,7 +48,8 @@ __device__ __forceinline__ float block_sum(float x, float* buffer) {
 struct Row {
   const float* scores;
   const int32_t* list;
-  int64_t out_row;  // in call.rows
+  const float* listed;  // scores of the list's keys; null: they are in `scores`
+  int64_t out_row;      // in call.rows
   int sequence, head, token;
   int begin;    // first visible key
   int end;      // behind the last one
@@ -77,6 +79,8 @@ __device__ inline Row row_at(const DecodeCall& c, const Slab& slab, const Scratc
   const int64_t selected =
       c.kv_group ? (int64_t{slab_sequence} * c.kv_heads + kv_head) * slab.tokens + slab_token : index;
   row.list = scratch.lists + selected * c.kept_width;
+  const bool picked = scratch.picked && scratch.flags[slab_sequence * c.kv_heads + kv_head] == 0;
+  row.listed = picked ? scratch.kept_scores + index * c.kept_width : nullptr;
   row.out_row = row.sequence * c.rows.batch + row.head * c.rows.head + row.token;
   row.v_head = kv_head * c.v.head;
   return row;
@@ -87,6 +91,12 @@ __device__ inline int kept_key(const Row& row, int i) {
   if (i < row.sinks) return row.begin + i;
   if (i >= row.kept - row.recents) return row.end - (row.kept - i);
   return row.list[i - row.sinks];
+}
+
+// Its score.
+__device__ inline float kept_score(const Row& row, int i, int key) {
+  const bool listed = row.listed != nullptr && i >= row.sinks && i < row.kept - row.recents;
+  return listed ? row.listed[i - row.sinks] : row.scores[key];
 }
 
 template <typename T, int D>
@@ -105,6 +115,7 @@ __global__ __launch_bounds__(kThreads) void attend_kernel(const __grid_constant_
   __shared__ float sums[kRowsAtOnce][D];
   __shared__ bool is_last;
 
+  wait_for_previous();
   const int64_t index = blockIdx.x / scratch.splits;
   const int split = static_cast<int>(blockIdx.x % scratch.splits);
   if (threadIdx.x == 0) row = row_at(c, slab, scratch, index);
@@ -152,7 +163,7 @@ __global__ __launch_bounds__(kThreads) void attend_kernel(const __grid_constant_
       own[u] = -infinity;
       if (i < count) {
         const int j = kept_key(row, base + i);
-        own[u] = row.scores[j];
+        own[u] = kept_score(row, base + i, j);
         places[i] = row_offset(c, c.v, row.sequence, j);
         most = fmaxf(most, own[u]);
       }
@@ -273,14 +284,14 @@ __global__ __launch_bounds__(kThreads) void attend_kernel(const __grid_constant_
 }
 
 template <typename T>
-cudaError_t launch(const DecodeCall& c, const Slab& slab, const Scratch& scratch, cudaStream_t stream) {
+cudaError_t run_attend(const DecodeCall& c, const Slab& slab, const Scratch& scratch, cudaStream_t stream) {
   const int64_t blocks = int64_t{slab.sequences} * c.heads * slab.tokens * scratch.splits;
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   const auto kernel = c.v_dim <= 64    ? attend_kernel<T, 64>
                       : c.v_dim <= 128 ? attend_kernel<T, 128>
                                        : attend_kernel<T, 256>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(c, slab, scratch);
-  return cudaGetLastError();
+  const LaunchShape shape{static_cast<unsigned>(blocks), kThreads};
+  return decode::launch(kernel, shape, true, stream, c, slab, scratch);
 }
 
 }  // namespace
@@ -288,11 +299,11 @@ cudaError_t launch(const DecodeCall& c, const Slab& slab, const Scratch& scratch
 cudaError_t attend(const DecodeCall& c, const Slab& slab, const Scratch& scratch, cudaStream_t stream) {
   switch (c.dtype) {
     case DType::kFloat32:
-      return launch<float>(c, slab, scratch, stream);
+      return run_attend<float>(c, slab, scratch, stream);
     case DType::kBFloat16:
-      return launch<__nv_bfloat16>(c, slab, scratch, stream);
+      return run_attend<__nv_bfloat16>(c, slab, scratch, stream);
     case DType::kFloat16:
-      return launch<__half>(c, slab, scratch, stream);
+      return run_attend<__half>(c, slab, scratch, stream);
     default:
       return cudaErrorInvalidValue;
   }

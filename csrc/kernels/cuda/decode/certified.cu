@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "../built.h"
 #include "../common/select_long_row.cuh"
 #include "certified_steps.h"
 
@@ -33,10 +34,31 @@ double expected_list(int64_t n, int64_t w) {
 
 }  // namespace
 
-bool supports_certified(const DecodeCall& c, const Slab& slab) {
-  return (c.dtype == DType::kBFloat16 || c.dtype == DType::kFloat16) && !c.kv_group &&
-         codes_width(c.head_dim) != 0 && int64_t{c.heads / c.kv_heads} * slab.tokens <= kCertifiedRows &&
-         c.capacity <= kMostKeys;
+std::string no_certified(const DecodeCall& c, const Slab& slab, int arch) {
+  const auto number = [](int64_t x) { return std::to_string(x); };
+  const int64_t rows = int64_t{c.heads / c.kv_heads} * slab.tokens;
+  if (!kBuiltSm90 || arch != 90) {
+    return "it needs a GPU of compute capability 9.0 and a build with its kernels (TOPK_CUDA_ARCHS)";
+  }
+  if (c.dtype != DType::kBFloat16 && c.dtype != DType::kFloat16) return "it serves bfloat16 and float16";
+  if (c.kv_group) return "it serves select='head' alone";
+  if (codes_width(c.head_dim) == 0) {
+    return "it serves head dims up to " + number(kMostCodeChannels) + ", got " + number(c.head_dim);
+  }
+  if (rows > kCertifiedRows) {
+    return "it serves up to " + number(kCertifiedRows) +
+           " query rows a KV head (heads of a group times "
+           "queries), got " +
+           number(rows);
+  }
+  if (c.capacity > kMostKeys) {
+    return "it serves up to " + number(kMostKeys) + " positions, the cache has room for " +
+           number(c.capacity);
+  }
+  if (expected_list(c.capacity, c.kept_width) > longrow::kCandidates * longrow::kMaxTeam) {
+    return "its lists are too short for W = " + number(c.kept_width) + " of " + number(c.capacity) + " keys";
+  }
+  return "";
 }
 
 CertifiedScratch certified_scratch(const DecodeCall& c, const Slab& slab, void* workspace, int sms) {
@@ -80,10 +102,10 @@ size_t certified_bytes(const DecodeCall& c, const Slab& largest_slab, int sms) {
 }
 
 cudaError_t certified(const DecodeCall& c, const Slab& slab, const Scratch& scratch, const KeyCodes& codes,
-                      const CertifiedScratch& own, CertifiedStats* stats, int sms, cudaStream_t stream) {
+                      const CertifiedScratch& own, int sms, cudaStream_t stream) {
   cudaError_t error = certified_bound(c, slab, scratch, codes, own, stream);
   if (error == cudaSuccess) error = certified_scan(c, slab, scratch, codes, own, sms, stream);
-  if (error == cudaSuccess) error = certified_finish(c, slab, scratch, codes, own, stats, stream);
+  if (error == cudaSuccess) error = certified_finish(c, slab, scratch, codes, own, stream);
   return error;
 }
 

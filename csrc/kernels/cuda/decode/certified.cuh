@@ -82,7 +82,7 @@ struct Share {
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) v[i] = __ldg(from + i);
   }
-  // What this kernel has written must not come from the read-only cache.
+  // What this kernel or the one before it has written must not come from the read-only cache.
   __device__ void load_written(const int8_t* row) {
     const uint4* const from = reinterpret_cast<const uint4*>(row) + threadIdx.x % 4 * kVectors;
 #pragma unroll

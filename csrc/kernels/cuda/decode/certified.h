@@ -1,36 +1,28 @@
 // The certified scan: the exact selection of a few query rows, from int8 codes of the keys (codes.h).
 //
 // 1. bound: int8 scores of a sample of the keys give, for each row, a value that the lower bounds of more
-// than W
-//    keys will very likely reach.
+//    than W keys will very likely reach.
 // 2. scan: int8 products of all codes with two int8 planes of the queries (mma.m16n8k32.s8, exact integer
-// sums)
-//    give a lower and an upper bound of every score; keys whose upper bound reaches the value are listed.
+//    sums) give a lower and an upper bound of every score; keys whose upper bound reaches the value are
+//    listed.
 // 3. finish, a row by a team of thread blocks: L = the W-th largest lower bound. Keys whose upper bound is
-// below L
-//    are provably outside the first W; the others, the survivors, are scored by the contract's routine, and
-//    the first W of them are selected exactly. That W lower bounds reach the value of step 1 and that nothing
-//    overflowed is counted: otherwise the row is scored and selected exactly, by the same blocks.
+//    below L are provably outside the first W; the others, the survivors, are scored by the contract's
+//    routine, and the first W of them are selected exactly. That W lower bounds reach the value of step 1 and
+//    that nothing overflowed is counted: otherwise the row is scored and selected exactly, by the next
+//    launch.
 // The set is that of the exact scan, always. docs/decode.md derives the bounds.
 //
 // Cost at D = 128: 132 bytes a key and KV head, 8 a listed key, one key row a survivor; the fallback reads
 // all keys once for each row.
 #pragma once
 
+#include <string>
+
 #include "codes.h"
 
 namespace topk_attn::cuda::decode {
 
 inline constexpr int kCertifiedRows = 8;  // query rows of a KV head at most
-
-// Numbers of rows and keys, added up; zeroed by the caller.
-struct CertifiedStats {
-  unsigned long long rows = 0;       // that had to select
-  unsigned long long certified = 0;  // of these, served by the certificate; the others fell back
-  unsigned long long kept = 0;       // W of the certified rows, in all
-  unsigned long long survivors = 0;  // of the certified rows
-  unsigned long long listed = 0;     // of the certified rows
-};
 
 // A query row between the steps.
 struct alignas(32) CertifiedRow {
@@ -56,19 +48,24 @@ struct CertifiedScratch {
   int32_t chunk = 0;                    // keys of a warp's piece of step 2
 };
 
-// Whether the certified scan can serve the call (in slabs like `slab`): bf16 or fp16, few rows, head dim up
-// to 128, select = "head", up to 2^21 keys.
-bool supports_certified(const DecodeCall& call, const Slab& slab);
+// What run() takes to serve a call by the certified scan; the scratch is that of the call's largest slab.
+struct CertifiedRun {
+  KeyCodes codes;
+  CertifiedScratch scratch;
+};
+
+// Why the certified scan cannot serve the call (in slabs like `slab`) on a device of this compute capability
+// (10 * major + minor); empty: it can.
+std::string no_certified(const DecodeCall& call, const Slab& slab, int arch);
 
 size_t certified_bytes(const DecodeCall& call, const Slab& largest_slab, int sms);
 CertifiedScratch certified_scratch(const DecodeCall& call, const Slab& largest_slab, void* workspace,
                                    int sms);
 
 // Takes the place of scan() and select(): leaves the slab's encodings and lists behind, and in scratch.scores
-// the exact scores of all kept keys (what else is there is undefined). `list_room` below certified.room
-// forces overflows, for tests. stats may be null.
+// the exact scores of all kept keys (what else is there is undefined); adds to codes.stats. A
+// certified_scratch.room below that of certified_scratch() forces overflows, for tests.
 cudaError_t certified(const DecodeCall& call, const Slab& slab, const Scratch& scratch, const KeyCodes& codes,
-                      const CertifiedScratch& certified_scratch, CertifiedStats* stats, int sms,
-                      cudaStream_t stream);
+                      const CertifiedScratch& certified_scratch, int sms, cudaStream_t stream);
 
 }  // namespace topk_attn::cuda::decode

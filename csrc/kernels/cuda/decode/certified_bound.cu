@@ -3,15 +3,15 @@
 #include "../common/select_long.cuh"
 #include "certified.cuh"
 #include "certified_steps.h"
+#include "launch.cuh"
 
 namespace topk_attn::cuda::decode {
 namespace {
 
 using namespace longrow;
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;
 constexpr int kWarps = kThreads / 32;
-constexpr int kMostSample = 4096;
 constexpr int kGroups = 2;  // of 16 keys that a warp has under way
 
 // Row m as p = q * 2^exponent in two planes: p ~ scale * (254 * high + low). By one warp.
@@ -56,18 +56,70 @@ __device__ void quantise_row(const DecodeCall& c, const T* q, const int* exponen
   }
 }
 
+// The rank-th greatest of each row's 2^log_size sampled keys, rounded down to a multiple of 2^10: a radix
+// search of all rows at once, two digits of 11 bits. All threads count, then a warp searches a row's bins.
+struct Digit {
+  int lo;
+  int rank;
+};
+__device__ __forceinline__ void clear_bins(uint32_t* bins, int rows) {
+  for (int i = threadIdx.x; i < rows * kBins / 4; i += kThreads) {
+    reinterpret_cast<uint4*>(bins)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
+__device__ __forceinline__ void count_digit(uint32_t* bins, const int* sample, const Digit* digits, int rows,
+                                            int log_size, int shift) {
+  for (int i = threadIdx.x; i < rows << log_size; i += kThreads) {
+    const int m = i >> log_size;
+    const uint32_t bin = (static_cast<uint32_t>(sample[i]) - static_cast<uint32_t>(digits[m].lo)) >> shift;
+    if (bin < kBins) atomicAdd(bins + m * kBins + bin, 1u);
+  }
+}
+// By one warp. Lane 0 has the highest bins.
+__device__ __forceinline__ void search_bins(const uint32_t* bins, Digit& digit, int shift) {
+  constexpr int kMine = kBins / 32;
+  const int lane = threadIdx.x % 32;
+  const int rank = digit.rank;
+  const uint32_t* const mine = bins + kBins - (lane + 1) * kMine;
+  int own = 0;
+#pragma unroll 16
+  for (int i = 0; i < kMine; ++i) own += static_cast<int>(mine[(i + lane) % kMine]);  // a bank a lane
+  const int through = warp_scan(own);
+  const uint32_t reached = __ballot_sync(~0u, through >= rank);
+  const int owner = __ffs(static_cast<int>(reached)) - 1;
+  const int above = __shfl_sync(~0u, through - own, owner);
+  const uint32_t* const theirs = bins + kBins - (owner + 1) * kMine;
+  // Its bins, from the highest: two a lane.
+  const int first = static_cast<int>(theirs[kMine - 1 - 2 * lane]);
+  const int second = static_cast<int>(theirs[kMine - 2 - 2 * lane]);
+  const int until = above + warp_scan(first + second);
+  const uint32_t found = __ballot_sync(~0u, until >= rank);
+  if (lane == __ffs(static_cast<int>(found)) - 1) {
+    const int before = until - first - second;
+    const bool in_first = before + first >= rank;
+    const int bin = kBins - (owner + 1) * kMine + kMine - 1 - 2 * lane - (in_first ? 0 : 1);
+    digit.lo = static_cast<int>(static_cast<uint32_t>(digit.lo) + (static_cast<uint32_t>(bin) << shift));
+    digit.rank = rank - before - (in_first ? 0 : first);
+  }
+}
+
 template <typename T, int kWidth>
-__global__ __launch_bounds__(kThreads, 1) void bound_kernel(const __grid_constant__ DecodeCall c,
+__global__ __launch_bounds__(kThreads, 2) void bound_kernel(const __grid_constant__ DecodeCall c,
                                                             const __grid_constant__ Slab slab,
                                                             const __grid_constant__ Scratch scratch,
                                                             const __grid_constant__ KeyCodes codes,
                                                             const __grid_constant__ CertifiedScratch own) {
   extern __shared__ __align__(16) uint8_t memory[];
-  Workspace& ws = *reinterpret_cast<Workspace*>(memory);
-  int* const sample = reinterpret_cast<int*>(memory + sizeof(Workspace));  // (rows, kMostSample)
+  __shared__ Digit digits[kCertifiedRows];
+  __shared__ CertifiedRow row_of[kCertifiedRows];
+  uint32_t* const bins = reinterpret_cast<uint32_t*>(memory);  // (rows, kBins)
+  let_next_start();
   const Pair pair = pair_at(c, slab, blockIdx.x);
-  const State state = state_of(c, scratch, pair.sequence);
   const int rows = c.heads / c.kv_heads * slab.tokens;
+  clear_bins(bins, rows);
+  wait_for_previous();
+  const State state = state_of(c, scratch, pair.sequence);
+  int* const sample = reinterpret_cast<int*>(bins + rows * kBins);  // (rows, size)
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   int8_t* const queries = own.queries + int64_t{blockIdx.x} * (2 * kCertifiedRows) * kWidth;
@@ -88,31 +140,32 @@ __global__ __launch_bounds__(kThreads, 1) void bound_kernel(const __grid_constan
       row.seen_end = static_cast<int>(plan.seen.end);
     }
     row.bound = __int_as_float(0x7fc00000);
-    meta[threadIdx.x] = row;
+    row_of[threadIdx.x] = row;
   }
   __syncthreads();
   for (int m = warp; m < kCertifiedRows; m += kWarps) {
     if (m < rows) {
       quantise_row<T, kWidth>(c, query_row<T>(c, slab, pair.slab_sequence, pair.kv_head, m),
-                              codes.exponent + pair.kv_head * kWidth, queries + 2 * m * kWidth, meta + m);
+                              codes.exponent + pair.kv_head * kWidth, queries + 2 * m * kWidth, row_of + m);
     } else {
       for (int i = lane; i < 2 * kWidth; i += 32) queries[2 * m * kWidth + i] = 0;
     }
   }
-  for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) ws.bins[0][i] = 0;
   __syncthreads();
 
   // Rows of different tokens see almost the same keys: one sample, of those that the first token may keep.
-  const int begin = meta[0].begin;
-  const int n = meta[0].end - begin;
-  const int w = meta[0].kept;
+  const int begin = row_of[0].begin;
+  const int n = row_of[0].end - begin;
+  const int w = row_of[0].kept;
   const int log_size = certified_sample_log(n);
   const int size = 1 << log_size;
   const SampleRank rank = sample_rank(max(w, 1), max(n, 1), size);
   const float at = rank.expected + rank.margin;
-  if (n < 2 * size || at >= static_cast<float>(size)) {
-    return;  // every key is listed
+  if (n < 2 * size || at >= static_cast<float>(size)) {  // every key is listed
+    if (threadIdx.x < kCertifiedRows) meta[threadIdx.x] = row_of[threadIdx.x];
+    return;
   }
+  if (static_cast<int>(threadIdx.x) < rows) digits[threadIdx.x] = Digit{kLowest, static_cast<int>(at)};
   const int g = lane / 4;
   const int t = lane % 4;
   const int8_t* const codes_base = codes.codes + int64_t{pair.kv_head} * codes.rows * kWidth;
@@ -133,8 +186,8 @@ __global__ __launch_bounds__(kThreads, 1) void bound_kernel(const __grid_constan
       Share<kWidth> q;
       q.load_written(queries + (8 * tile + g) * kWidth);
       const int m = 4 * tile + t;
-      const float scale = meta[m].scale;
-      const float norm = meta[m].norm;
+      const float scale = row_of[m].scale;
+      const float norm = row_of[m].norm;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
         int sums[4];
@@ -144,24 +197,28 @@ __global__ __launch_bounds__(kThreads, 1) void bound_kernel(const __grid_constan
           for (int half = 0; half < 2; ++half) {
             const Bounds b =
                 bounds_of(combine(sums[2 * half], sums[2 * half + 1]), word[2 * group + half], scale, norm);
-            sample[m * kMostSample + base + 16 * group + 8 * half + g] = lower_key(b);
+            sample[(m << log_size) + base + 16 * group + 8 * half + g] = lower_key(b);
           }
         }
       }
     }
   }
   __syncthreads();
-  Team team{&ws, 0, 1};
-  for (int m = 0; m < rows; ++m) {
-    Search search{kLowest, INT_MAX, static_cast<int>(at), size, INT_MAX};
+  constexpr int kShifts[2] = {32 - kBinBits, 32 - 2 * kBinBits};
 #pragma unroll 1
-    for (int digit = 0; digit < 2; ++digit) {
-      narrow<kThreads>(search, team, 1, [&](const auto& add) {
-        for (int i = threadIdx.x; i < size; i += kThreads) add(sample[m * kMostSample + i]);
-      });
-    }
-    const int key = search.lo & kKeyMask;
-    if (threadIdx.x == 0 && key > kNoBound) meta[m].bound = order_score(key);
+  for (const int shift : kShifts) {
+    count_digit(bins, sample, digits, rows, log_size, shift);
+    __syncthreads();
+    if (warp < rows) search_bins(bins + warp * kBins, digits[warp], shift);
+    __syncthreads();
+    if (shift == kShifts[0]) clear_bins(bins, rows);
+    __syncthreads();
+  }
+  if (threadIdx.x < kCertifiedRows) {
+    CertifiedRow row = row_of[threadIdx.x];
+    const int key = static_cast<int>(threadIdx.x) < rows ? digits[threadIdx.x].lo & kKeyMask : kNoBound;
+    if (key > kNoBound) row.bound = order_score(key);
+    meta[threadIdx.x] = row;
   }
 }
 
@@ -174,12 +231,12 @@ cudaError_t certified_bound(const DecodeCall& c, const Slab& slab, const Scratch
                           ? (bf16 ? bound_kernel<__nv_bfloat16, 64> : bound_kernel<__half, 64>)
                           : (bf16 ? bound_kernel<__nv_bfloat16, 128> : bound_kernel<__half, 128>);
   const int rows = c.heads / c.kv_heads * slab.tokens;
-  const int bytes = static_cast<int>(sizeof(Workspace)) + rows * kMostSample * 4;
+  const int bytes = rows * (kBins + (1 << certified_sample_log(c.capacity))) * 4;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(slab.sequences * c.kv_heads), kThreads, static_cast<size_t>(bytes),
-           stream>>>(c, slab, scratch, codes, own);
-  return cudaGetLastError();
+  const LaunchShape shape{static_cast<unsigned>(slab.sequences * c.kv_heads), kThreads,
+                          static_cast<size_t>(bytes)};
+  return launch(kernel, shape, true, stream, c, slab, scratch, codes, own);
 }
 
 }  // namespace topk_attn::cuda::decode

@@ -4,6 +4,7 @@
 #include "../common/select_long_row.cuh"
 #include "certified.cuh"
 #include "certified_steps.h"
+#include "launch.cuh"
 
 namespace topk_attn::cuda::decode {
 namespace {
@@ -14,24 +15,43 @@ constexpr int kThreads = kLongThreads;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRepair = -1;  // in place of a list's count: the row could not be certified
 
+// Transposes 4 x 4 words of four lanes: word i of lane t becomes word t of lane i.
+__device__ __forceinline__ void exchange(uint32_t& low, uint32_t& high, int lanes) {
+  const bool upper = threadIdx.x & lanes;
+  const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, lanes);
+  (upper ? low : high) = other;
+}
+__device__ __forceinline__ uint4 transpose(uint4 v) {
+  exchange(v.x, v.y, 1);
+  exchange(v.z, v.w, 1);
+  exchange(v.x, v.z, 2);
+  exchange(v.y, v.w, 2);
+  return v;
+}
+
 // Scores of 8 keys with one query, by a warp, bits as in every kernel: mma.m16n8k16 from zero, channels in
 // ascending order, the query as row 0 of the first operand. Lane (g, t) names key g (null: there is none);
-// lanes (0, t) get those of keys 2 t and 2 t + 1.
+// lanes (0, t) get those of keys 2 t and 2 t + 1. Keys are read 16 bytes a lane, which costs a quarter of the
+// time of reading operands as they are needed, 4 bytes a lane, and are transposed.
 template <typename T, int kWidth>
 __device__ __forceinline__ float2 score_keys(const T* key, const T* query, int head_dim) {
   const int lane = threadIdx.x % 32;
   const int t = lane % 4;
+  uint4 read[kWidth / 32];
+#pragma unroll
+  for (int i = 0; i < kWidth / 32; ++i) {
+    const int channel = 32 * i + 8 * t;
+    read[i] = make_uint4(0, 0, 0, 0);
+    if (key != nullptr && channel < head_dim) read[i] = __ldg(reinterpret_cast<const uint4*>(key + channel));
+  }
   uint32_t b[kWidth / 16][2];
 #pragma unroll
-  for (int step = 0; step < kWidth / 16; ++step) {
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {
-      const int channel = 16 * step + 8 * part;
-      b[step][part] = 0;
-      if (key != nullptr && channel < head_dim) {
-        b[step][part] = __ldg(reinterpret_cast<const uint32_t*>(key + channel + 2 * t));
-      }
-    }
+  for (int i = 0; i < kWidth / 32; ++i) {
+    const uint4 v = transpose(read[i]);
+    b[2 * i][0] = v.x;
+    b[2 * i][1] = v.y;
+    b[2 * i + 1][0] = v.z;
+    b[2 * i + 1][1] = v.w;
   }
   float s[4] = {};
 #pragma unroll
@@ -114,6 +134,10 @@ __global__ __launch_bounds__(kThreads, 2) void finish_kernel(const __grid_consta
   Candidate* const candidates = reinterpret_cast<Candidate*>(memory + sizeof(Workspace));
   uint32_t* const bitmap = reinterpret_cast<uint32_t*>(candidates + room.capacity);
   Team team{&ws, team_rank(), team_size()};
+  let_next_start();
+  for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) ws.bins[0][i] = 0;
+  for (int i = threadIdx.x; i < room.words; i += kThreads) bitmap[i] = 0;
+  wait_for_previous();
 
   if (threadIdx.x == 0) {
     place = place_of(c, slab, blockIdx.x / team.size);
@@ -127,8 +151,6 @@ __global__ __launch_bounds__(kThreads, 2) void finish_kernel(const __grid_consta
     c.tie_index[place.out_row] = tie_index;
   };
   load_query<T, kWidth>(c, slab, place, query);
-  for (int i = threadIdx.x; i < 2 * kBins; i += kThreads) ws.bins[0][i] = 0;
-  for (int i = threadIdx.x; i < room.words; i += kThreads) bitmap[i] = 0;
   __syncthreads();
   const auto itself = [](int j) { return j; };
   const auto store = [&](int j, float s) { (scratch.scores + place.index * scratch.ld)[j] = s; };
@@ -184,35 +206,57 @@ __global__ __launch_bounds__(kThreads, 2) void finish_kernel(const __grid_consta
     return;
   }
 
-  // The cutoff: the kept-th largest lower bound.
+  // The cutoff: the kept-th largest lower bound, or a little less: digits that would spare few keys are left
+  // out.
   Search cutoff{bound, INT_MAX, row.kept, all_reaching, max(highest, bound)};
-  settle<kThreads>(
-      cutoff, team, count, [&](int i) { return entry_lower(candidates[i].key); }, [](int) { return 0; });
+  while (!cutoff.done()) {
+    narrow<kThreads>(cutoff, team, team.size, [&](const auto& add) {
+      for (int i = threadIdx.x; i < count; i += kThreads) add(entry_lower(candidates[i].key));
+    });
+    if (cutoff.equal <= 16 + row.kept / 64) break;
+  }
   // Survivors move to the front; entries are read before any of them is overwritten.
   __syncthreads();
   if (threadIdx.x == 0) ws.count = 0;
   __syncthreads();
-  for (int base = 0; base < count; base += kThreads) {
-    const int i = base + static_cast<int>(threadIdx.x);
-    Candidate entry{};
-    bool survives = false;
-    if (i < count) {
-      entry = candidates[i];
-      survives = entry_upper(entry.key, entry.column) >= cutoff.lo;
+  constexpr int kEach = 4;
+  for (int base = 0; base < count; base += kEach * kThreads) {
+    int position[kEach];
+    uint32_t mask[kEach];
+    int found = 0;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const int i = base + e * kThreads + static_cast<int>(threadIdx.x);
+      const Candidate entry = candidates[min(i, count - 1)];
+      const bool survives = i < count && entry_upper(entry.key, entry.column) >= cutoff.lo;
+      position[e] = entry_position(entry.column);
+      mask[e] = __ballot_sync(~0u, survives);
+      found += __popc(mask[e]);
     }
-    const uint32_t mask = __ballot_sync(~0u, survives);
     int at = 0;
-    if (threadIdx.x % 32 == 0) at = atomicAdd(&ws.count, __popc(mask));
-    at = __shfl_sync(~0u, at, 0) + __popc(mask & ((1u << threadIdx.x % 32) - 1));
+    if (threadIdx.x % 32 == 0) at = atomicAdd(&ws.count, found);
+    at = __shfl_sync(~0u, at, 0);
     __syncthreads();
-    if (survives) candidates[at] = Candidate{0, entry_position(entry.column)};
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      const uint32_t below = (1u << threadIdx.x % 32) - 1;
+      if (mask[e] >> threadIdx.x % 32 & 1u) {
+        candidates[at + __popc(mask[e] & below)] = Candidate{0, position[e]};
+      }
+      at += __popc(mask[e]);
+    }
     __syncthreads();
   }
   count = ws.count;
+  int lowest = INT_MAX;
+  highest = INT_MIN;
   score_all<T, kWidth>(
       c, place.sequence, place.kv_head, query, 0, count, [&](int i) { return candidates[i].column; },
       [&](int i, float s) {
-        candidates[i].key = order_key(s);
+        const int key = order_key(s);
+        candidates[i].key = key;
+        lowest = min(lowest, key);
+        highest = max(highest, key);
         (scratch.scores + place.index * scratch.ld)[candidates[i].column] = s;
       });
   __syncthreads();
@@ -225,7 +269,24 @@ __global__ __launch_bounds__(kThreads, 2) void finish_kernel(const __grid_consta
     }
   }
 
-  const Search search{kLowest, INT_MAX, row.kept, INT_MAX, INT_MAX};
+  // The range of their order keys, of the whole team.
+  lowest = __reduce_min_sync(~0u, lowest);
+  highest = __reduce_max_sync(~0u, highest);
+  if (threadIdx.x == 0) {
+    ws.over = INT_MAX;
+    ws.kept = INT_MIN;
+  }
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    atomicMin(&ws.over, lowest);
+    atomicMax(&ws.kept, highest);
+  }
+  team_sync(team.size);
+  for (int block = 0; block < team.size; ++block) {
+    lowest = min(lowest, *peer(&ws.over, block));
+    highest = max(highest, *peer(&ws.kept, block));
+  }
+  const Search search{lowest, highest, row.kept, INT_MAX, highest};
   const Result result =
       settle_candidates<kThreads>(search, team, candidates, count, [](const Candidate& e) { return e.key; });
   encode_row(order_score(result.threshold), result.tie_index);
@@ -264,6 +325,7 @@ __global__ __launch_bounds__(kThreads, 1) void repair_kernel(const __grid_consta
   __shared__ __align__(16) T query[kWidth];
   __shared__ Place place;
   __shared__ CertifiedRow row;
+  wait_for_previous();
   if (own.counts[blockIdx.x / team_size()] != kRepair) return;
   if (threadIdx.x == 0) {
     place = place_of(c, slab, blockIdx.x / team_size());
@@ -295,8 +357,8 @@ __global__ __launch_bounds__(kThreads, 1) void repair_kernel(const __grid_consta
 }
 
 template <typename T, int kWidth>
-cudaError_t launch(const DecodeCall& c, const Slab& slab, const Scratch& scratch, const CertifiedScratch& own,
-                   CertifiedStats* stats, cudaStream_t stream) {
+cudaError_t run_finish(const DecodeCall& c, const Slab& slab, const Scratch& scratch,
+                       const CertifiedScratch& own, CertifiedStats* stats, cudaStream_t stream) {
   const int64_t part = (int64_t{c.capacity} + own.team - 1) / own.team;
   const Room room{kCandidates, static_cast<int>(part / 32 + 32)};
   const size_t bytes = Room::bytes(room.capacity, room.words);
@@ -308,23 +370,24 @@ cudaError_t launch(const DecodeCall& c, const Slab& slab, const Scratch& scratch
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }
-  const cudaError_t error =
-      launch_teams(finish, kThreads, rows, own.team, bytes, stream, c, slab, scratch, own, stats, room);
+  const LaunchShape shape{static_cast<unsigned>(rows * own.team), kThreads, bytes,
+                          static_cast<unsigned>(own.team)};
+  const cudaError_t error = decode::launch(finish, shape, true, stream, c, slab, scratch, own, stats, room);
   if (error != cudaSuccess) return error;
-  return launch_teams(repair, kThreads, rows, own.team, bytes, stream, c, slab, scratch, own, room);
+  return decode::launch(repair, shape, true, stream, c, slab, scratch, own, room);
 }
 
 }  // namespace
 
 cudaError_t certified_finish(const DecodeCall& c, const Slab& slab, const Scratch& scratch,
-                             const KeyCodes& codes, const CertifiedScratch& own, CertifiedStats* stats,
-                             cudaStream_t stream) {
+                             const KeyCodes& codes, const CertifiedScratch& own, cudaStream_t stream) {
+  CertifiedStats* const stats = codes.stats;
   if (c.dtype == DType::kBFloat16) {
-    return codes.width == 64 ? launch<__nv_bfloat16, 64>(c, slab, scratch, own, stats, stream)
-                             : launch<__nv_bfloat16, 128>(c, slab, scratch, own, stats, stream);
+    return codes.width == 64 ? run_finish<__nv_bfloat16, 64>(c, slab, scratch, own, stats, stream)
+                             : run_finish<__nv_bfloat16, 128>(c, slab, scratch, own, stats, stream);
   }
-  return codes.width == 64 ? launch<__half, 64>(c, slab, scratch, own, stats, stream)
-                           : launch<__half, 128>(c, slab, scratch, own, stats, stream);
+  return codes.width == 64 ? run_finish<__half, 64>(c, slab, scratch, own, stats, stream)
+                           : run_finish<__half, 128>(c, slab, scratch, own, stats, stream);
 }
 
 }  // namespace topk_attn::cuda::decode

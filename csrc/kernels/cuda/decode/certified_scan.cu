@@ -6,6 +6,7 @@
 // of it does.
 #include "certified.cuh"
 #include "certified_steps.h"
+#include "launch.cuh"
 
 namespace topk_attn::cuda::decode {
 namespace {
@@ -40,14 +41,17 @@ __device__ void flush(int (&counts)[kTiles], unsigned long long* staged, int row
   __syncwarp();
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
+    // Places of all rows at once: a lane a row.
+    const int own_row = 4 * i + lane;
+    int places = 0;
+    if (lane < 4 && own_row < rows && counts[i] > 0)
+      places = atomicAdd(own.counts + row0 + own_row, counts[i]);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const int m = 4 * i + t;
       const int count = __shfl_sync(~0u, counts[i], t);
+      const int base = __shfl_sync(~0u, places, t);
       if (m >= rows || count == 0) continue;
-      int base = 0;
-      if (lane == 0) base = atomicAdd(own.counts + row0 + m, count);
-      base = __shfl_sync(~0u, base, 0);
       unsigned long long* const list = own.lists + (row0 + m) * own.room;
       for (int e = lane; e < count; e += 32) {
         if (base + e < own.room) list[base + e] = staged[m * kStaged + e];
@@ -65,6 +69,8 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm(kTiles)) void scan_kernel(
     const __grid_constant__ CertifiedScratch own) {
   __shared__ int before[kMaxSlabSequences + 1];
   __shared__ unsigned long long staging[kWarps][4 * kTiles * kStaged];
+  let_next_start();
+  wait_for_previous();
   count_chunks(c, slab, scratch, own.chunk, before);
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
@@ -88,7 +94,7 @@ __global__ __launch_bounds__(kThreads, blocks_per_sm(kTiles)) void scan_kernel(
     int begin[kTiles], end[kTiles], counts[kTiles];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      q[i].load(own.queries + (int64_t{pair} * (2 * kCertifiedRows) + 8 * i + g) * kWidth);
+      q[i].load_written(own.queries + (int64_t{pair} * (2 * kCertifiedRows) + 8 * i + g) * kWidth);
       const CertifiedRow* const row = own.rows + int64_t{pair} * kCertifiedRows + 4 * i + t;
       scale[i] = row->scale;
       norm[i] = row->norm;
@@ -149,9 +155,8 @@ cudaError_t certified_scan(const DecodeCall& c, const Slab& slab, const Scratch&
   const bool few = c.heads / c.kv_heads * slab.tokens <= 4;
   const auto kernel = codes.width == 64 ? (few ? scan_kernel<64, 1> : scan_kernel<64, 2>)
                                         : (few ? scan_kernel<128, 1> : scan_kernel<128, 2>);
-  kernel<<<static_cast<unsigned>(sms * blocks_per_sm(few ? 1 : 2)), kThreads, 0, stream>>>(c, slab, scratch,
-                                                                                           codes, own);
-  return cudaGetLastError();
+  const LaunchShape shape{static_cast<unsigned>(sms * blocks_per_sm(few ? 1 : 2)), kThreads};
+  return launch(kernel, shape, true, stream, c, slab, scratch, codes, own);
 }
 
 }  // namespace topk_attn::cuda::decode

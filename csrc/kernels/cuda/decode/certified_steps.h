@@ -15,7 +15,6 @@ cudaError_t certified_bound(const DecodeCall& call, const Slab& slab, const Scra
 cudaError_t certified_scan(const DecodeCall& call, const Slab& slab, const Scratch& scratch,
                            const KeyCodes& codes, const CertifiedScratch& own, int sms, cudaStream_t stream);
 cudaError_t certified_finish(const DecodeCall& call, const Slab& slab, const Scratch& scratch,
-                             const KeyCodes& codes, const CertifiedScratch& own, CertifiedStats* stats,
-                             cudaStream_t stream);
+                             const KeyCodes& codes, const CertifiedScratch& own, cudaStream_t stream);
 
 }  // namespace topk_attn::cuda::decode

@@ -156,35 +156,28 @@ __global__ void calibrate_kernel(const __grid_constant__ DecodeCall c,
   codes.exponent[head * codes.width + channel] = e;
 }
 
-int64_t aligned(int64_t bytes) {
-  return (bytes + 15) / 16 * 16;
-}
-
 }  // namespace
 
-int64_t codes_bytes(int64_t blocks, int64_t rows, int32_t kv_heads, int32_t head_dim) {
-  const int64_t width = codes_width(head_dim);
-  const int64_t keys = blocks * rows * kv_heads;
-  return aligned(keys * width) + aligned(keys * 4) + kv_heads * width * 8;
-}
-
 KeyCodes codes_of(void* buffer, int64_t blocks, int64_t rows, int32_t kv_heads, int32_t head_dim) {
-  const int64_t width = codes_width(head_dim);
-  const int64_t keys = blocks * rows * kv_heads;
+  const CodesLayout<int64_t> at = codes_layout(blocks, rows, kv_heads, head_dim);
   char* const base = static_cast<char*>(buffer);
   KeyCodes codes;
   codes.codes = reinterpret_cast<int8_t*>(base);
-  codes.words = reinterpret_cast<uint32_t*>(base + aligned(keys * width));
-  codes.center = reinterpret_cast<float*>(base + aligned(keys * width) + aligned(keys * 4));
-  codes.exponent = reinterpret_cast<int32_t*>(codes.center + kv_heads * width);
+  codes.words = reinterpret_cast<uint32_t*>(base + at.words);
+  codes.center = reinterpret_cast<float*>(base + at.center);
+  codes.exponent = reinterpret_cast<int32_t*>(base + at.exponent);
+  codes.stats = reinterpret_cast<CertifiedStats*>(base + at.stats);
   codes.rows = static_cast<int32_t>(rows);
-  codes.width = static_cast<int32_t>(width);
+  codes.width = codes_width(head_dim);
   return codes;
 }
 
-cudaError_t calibrate(const DecodeCall& c, const Scratch& scratch, const KeyCodes& codes,
+cudaError_t calibrate(const DecodeCall& c, const Scratch& scratch, const KeyCodes& codes, int64_t blocks,
                       cudaStream_t stream) {
   if (c.batch == 0 || c.kv_heads == 0) return cudaSuccess;
+  const int64_t keys = blocks * c.kv_heads * codes.rows;
+  const cudaError_t error = cudaMemsetAsync(codes.words, 0, static_cast<size_t>(keys) * 4, stream);
+  if (error != cudaSuccess) return error;
   if (c.dtype == DType::kBFloat16) {
     calibrate_kernel<__nv_bfloat16><<<c.kv_heads, codes.width, 0, stream>>>(c, scratch, codes);
   } else if (c.dtype == DType::kFloat16) {

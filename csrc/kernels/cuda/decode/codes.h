@@ -9,41 +9,43 @@
 // never written (its word is 0): such keys are always looked at exactly.
 //
 // center and exponent belong to the cache (one a KV head and channel). They may be anything, zeros to begin
-// with; good ones (calibrate()) make the bound tight. To change them is to make all codes invalid.
+// with; good ones (calibrate()) make the bound tight. Codes hold only for those that they were made with.
 //
-// Layout of the buffer, which has codes_bytes() and is zeroed before its first use. A block is an entry of a
-// contiguous cache (rows = its room) or a page (rows = its size); pieces are 16-byte aligned:
-//   codes     (blocks, kv_heads, rows, width) int8; width: 64 or 128 channels
-//   words     (blocks, kv_heads, rows) uint32: scale (bfloat16) in the upper half, bound (bfloat16) below
-//   center    (kv_heads, width) float32
-//   exponent  (kv_heads, width) int32, 0 to 16
+// The buffer, key_codes.h says what lies where, is zeroed before its first use. A word holds the scale
+// (bfloat16) in its upper half and the bound (bfloat16) below; exponents are 0 to 16.
 // Cost: 132 bytes a key at D = 128, a quarter more than the bf16 K and V.
 #pragma once
 
+#include "../../key_codes.h"
 #include "params.h"
 
 namespace topk_attn::cuda::decode {
+
+// Numbers of rows and keys that the certified scan has served, added up.
+struct CertifiedStats {
+  unsigned long long rows = 0;       // that had to select
+  unsigned long long certified = 0;  // of these, served by the certificate; the others fell back
+  unsigned long long kept = 0;       // W of the certified rows, in all
+  unsigned long long survivors = 0;  // of the certified rows
+  unsigned long long listed = 0;     // of the certified rows
+};
+static_assert(sizeof(CertifiedStats) <= kCodeStats * 8);
 
 struct KeyCodes {
   int8_t* codes = nullptr;
   uint32_t* words = nullptr;
   float* center = nullptr;
   int32_t* exponent = nullptr;
+  CertifiedStats* stats = nullptr;
   int32_t rows = 0;   // of a block
   int32_t width = 0;  // channels, padded
 };
 
-// Channels of a stored key; 0: no codes for this head dim (above 128).
-inline int32_t codes_width(int32_t head_dim) {
-  return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 0;
-}
-
-int64_t codes_bytes(int64_t blocks, int64_t rows, int32_t kv_heads, int32_t head_dim);
 KeyCodes codes_of(void* buffer, int64_t blocks, int64_t rows, int32_t kv_heads, int32_t head_dim);
 
 // Sets center and exponent from the valid keys of the first sequence that has any (up to 4,096 of them,
-// evenly spread). Codes that were made before are invalid afterwards.
-cudaError_t calibrate(const DecodeCall& call, const Scratch& scratch, const KeyCodes& codes,
+// evenly spread), and forgets all codes of the cache's `blocks`: their words are zeroed.
+cudaError_t calibrate(const DecodeCall& call, const Scratch& scratch, const KeyCodes& codes, int64_t blocks,
                       cudaStream_t stream);
 
 // Makes the codes of the new rows of every sequence, or of all its valid rows, from the cache. Comes after

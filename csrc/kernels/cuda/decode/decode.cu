@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "../built.h"
+#include "certified.h"
 #include "instances.h"
 #include "params.h"
 
@@ -16,11 +17,21 @@ int64_t score_stride(const DecodeCall& c) {
   return (int64_t{c.capacity} + kUnitKeys - 1) / kUnitKeys * kUnitKeys;
 }
 
-// The size of all slabs but the last ones.
+// Whether a scan of few rows drops what is below a bound: where that is worth a sample, and W keys and the
+// margin fit.
+bool has_bounds(const DecodeCall& c) {
+  return c.heads / c.kv_heads <= kScanRows && c.dtype != DType::kFloat32 && !c.kv_group &&
+         c.capacity > kMaxCandidates && c.kept_width <= kMaxCandidates * 5 / 8;
+}
+
+}  // namespace
+
 Slab largest_slab(const DecodeCall& c) {
   const int64_t lists = (c.kv_group ? c.kv_heads : c.heads) * c.kept_width;
   const int64_t scores = (c.heads + (c.kv_group ? c.kv_heads : 0)) * score_stride(c);
-  const int64_t per_token = (scores + lists) * 4;
+  const bool few = int64_t{c.heads / c.kv_heads} * c.tq <= kScanRows;
+  const int64_t picks = few && has_bounds(c) ? c.heads * (int64_t{kMaxCandidates} * 2 + c.kept_width) : 0;
+  const int64_t per_token = (scores + lists + picks) * 4;
   const int64_t units = std::max<int64_t>(1, kScratchBytes / std::max<int64_t>(1, per_token));
   Slab slab;
   const int64_t sequences = std::min<int64_t>(units / std::max(1, c.tq), c.batch);
@@ -33,6 +44,8 @@ Slab largest_slab(const DecodeCall& c) {
   return slab;
 }
 
+namespace {
+
 int64_t slab_rows(const DecodeCall& c, const Slab& slab) {
   return int64_t{slab.sequences} * c.heads * slab.tokens;
 }
@@ -44,11 +57,8 @@ int splits_of(const DecodeCall& c, const Slab& slab, int sms) {
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, std::min<int64_t>(most, 64))));
 }
 
-// Whether the scan drops what is below a bound: where that is worth a sample, and W keys and the margin fit.
 bool bounded(const DecodeCall& c, const Slab& slab) {
-  const bool few = c.heads / c.kv_heads * slab.tokens <= kScanRows;
-  return few && c.dtype != DType::kFloat32 && !c.kv_group && c.capacity > kMaxCandidates &&
-         c.kept_width <= kMaxCandidates * 5 / 8;
+  return has_bounds(c) && c.heads / c.kv_heads * slab.tokens <= kScanRows;
 }
 
 // Whether short.cuh serves the call: where it fills the card less than twice, launches are what costs.
@@ -85,7 +95,9 @@ Layout layout(const DecodeCall& c, int sms, char* base) {
   s.lists = reinterpret_cast<int32_t*>(take(selected * c.kept_width * 4));
   if (bounded(c, slab)) {
     s.bounds = reinterpret_cast<float*>(take(rows * 4));
-    s.masks = reinterpret_cast<uint32_t*>(take(rows * (s.ld / 32) * 4));
+    s.candidates = reinterpret_cast<ScoredKey*>(take(rows * kMaxCandidates * int64_t{sizeof(ScoredKey)}));
+    s.counts = reinterpret_cast<int32_t*>(take(rows * 4));
+    s.kept_scores = reinterpret_cast<float*>(take(rows * c.kept_width * 4));
     s.flags = reinterpret_cast<int32_t*>(take(int64_t{slab.sequences} * c.kv_heads * 4));
     s.any_flag = reinterpret_cast<int32_t*>(take(4));
   }
@@ -144,12 +156,13 @@ cudaError_t score_and_select(const DecodeCall& c, const Slab& slab, const Scratc
 
 }  // namespace
 
-cudaError_t run(const DecodeCall& c, const Scratch& scratch, int sms, cudaStream_t stream) {
+cudaError_t run(const DecodeCall& c, const Scratch& scratch, int sms, cudaStream_t stream,
+                const CertifiedRun* by_codes) {
   if (c.batch == 0 || c.tq == 0 || c.heads == 0) return cudaSuccess;
-  if (is_short(c, sms)) {
+  if (by_codes == nullptr && is_short(c, sms)) {
     const Slab all{0, c.batch, 0, c.tq};
     const cudaError_t error = with_instance<kShortDim>(
-        c.dtype, padded_head_dim(c.head_dim),
+        c.dtype, padded_head_dim(std::max(c.head_dim, c.v_dim)),
         [&]<typename T, int D>() { return run_short<T, D>(c, all, scratch, stream); });
     if (error != cudaErrorNotSupported) return error;
   }
@@ -158,8 +171,12 @@ cudaError_t run(const DecodeCall& c, const Scratch& scratch, int sms, cudaStream
     for (int32_t token = 0; token < c.tq; token += most.tokens) {
       const Slab slab{sequence, std::min(most.sequences, c.batch - sequence), token,
                       std::min(most.tokens, c.tq - token)};
-      cudaError_t error = score_and_select(c, slab, scratch, sms, stream);
-      if (error == cudaSuccess) error = attend(c, slab, scratch, stream);
+      cudaError_t error = by_codes != nullptr
+                              ? certified(c, slab, scratch, by_codes->codes, by_codes->scratch, sms, stream)
+                              : score_and_select(c, slab, scratch, sms, stream);
+      Scratch chosen = scratch;
+      chosen.picked = by_codes == nullptr && scratch.bounds != nullptr;
+      if (error == cudaSuccess) error = attend(c, slab, chosen, stream);
       if (error != cudaSuccess) return error;
     }
   }

@@ -76,9 +76,13 @@ inline constexpr int kScanRows = 16;  // query rows of a KV head that scan.cuh t
 // And short.cuh, of which keys, with how many blocks, up to which head dims.
 inline constexpr int kShortRows = 8;
 inline constexpr int kShortKeys = 8192;
-inline constexpr int kShortTeam = 8;
+inline constexpr int kShortTeam = 8;  // or twice as many, where the device allows it
 inline constexpr int kShortDim = 128;
 inline constexpr int kMaxCandidates = 8192;  // of a row that pick() takes
+struct ScoredKey {
+  int32_t key;  // order_key (contract.h) of the score
+  int32_t column;
+};
 inline constexpr int kUnitKeys = 32;  // keys of a work unit of the scan; score rows are a multiple of it
 
 // Pieces of one workspace.
@@ -89,13 +93,16 @@ struct Scratch {
   int64_t ld = 0;                 // at least capacity, a multiple of kUnitKeys
   int32_t* lists = nullptr;       // (selected rows, kept_width): kept columns that compete, ascending
   // Null where the scan writes all scores; see sample.cuh.
-  float* bounds = nullptr;    // (slab rows)
-  uint32_t* masks = nullptr;  // (slab rows, ld / 32), a bit a key: its score is in `scores`
-  int32_t* flags = nullptr;   // (slab sequences, kv_heads): whether the bound did not serve
+  float* bounds = nullptr;          // (slab rows)
+  ScoredKey* candidates = nullptr;  // (slab rows, kMaxCandidates), in no order
+  int32_t* counts = nullptr;        // (slab rows): candidates, also those that did not fit
+  float* kept_scores = nullptr;     // like lists
+  int32_t* flags = nullptr;         // (slab sequences, kv_heads): whether the bound did not serve
   int32_t* any_flag = nullptr;
   bool only_flagged = false;   // the second scan and selection, of what is flagged
+  bool picked = false;         // attend: scores of listed keys are in kept_scores, but for flagged KV heads
   float* partial = nullptr;    // (slab rows, splits, v_dim + 2)
-  int32_t* arrived = nullptr;  // (slab rows), zeroed by the scan
+  int32_t* arrived = nullptr;  // (slab rows), zeroed by the first step of a slab
   int32_t splits = 1;
 };
 
@@ -134,7 +141,13 @@ bool supports(const DecodeCall& call);
 size_t workspace_bytes(const DecodeCall& call, int sms);
 Scratch scratch_of(const DecodeCall& call, void* workspace, int sms);
 
-// Everything after prepare(), which comes first in the stream.
-cudaError_t run(const DecodeCall& call, const Scratch& scratch, int sms, cudaStream_t stream);
+// The size of a call's slabs; the last ones may be smaller.
+Slab largest_slab(const DecodeCall& call);
+
+// Everything after prepare(), which comes first in the stream. The exact scan, or, with `by_codes`, the
+// certified one (certified.h, where no_certified() has nothing against it).
+struct CertifiedRun;
+cudaError_t run(const DecodeCall& call, const Scratch& scratch, int sms, cudaStream_t stream,
+                const CertifiedRun* by_codes = nullptr);
 
 }  // namespace topk_attn::cuda::decode

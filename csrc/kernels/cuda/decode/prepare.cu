@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cache.cuh"
+#include "launch.cuh"
 
 namespace topk_attn::cuda::decode {
 namespace {
@@ -34,6 +35,7 @@ __device__ void append_rows(const DecodeCall& c, const View& from, const View& t
 
 __global__ __launch_bounds__(kThreads) void prepare_kernel(const DecodeCall c, State* const states,
                                                            const int blocks, const bool vectors) {
+  let_next_start();
   const int sequence = blockIdx.x / blocks;
   const int block = blockIdx.x % blocks;
   State state = unchecked_state(c, sequence);

@@ -1,11 +1,13 @@
 // Bounds that a few more than W keys of each row very likely reach, from a sample of the keys; bf16 and fp16.
 //
-// One block a KV head of a sequence: it scores 256 to 1024 keys, one at an irregular place of each of as many
-// equal stretches, and takes the rank that W keys of n have in the sample, and four standard deviations
-// beyond, as each row's bound. That enough keys reach it, and not too many, is checked later (pick.cu). Rows
-// of at most kMaxCandidates keys need no bound: all are candidates.
+// One block a KV head of a sequence, or a cluster of up to 4 where those would leave most of the card idle:
+// they score 256 to 1024 keys, one at an irregular place of each of as many equal stretches, and take the
+// rank that W keys of n have in the sample, and four standard deviations beyond, as each row's bound. That
+// enough keys reach it, and not too many, is checked later (pick.cu). Rows of at most kMaxCandidates keys
+// need no bound: all are candidates.
 #pragma once
 
+#include "../common/select_long.cuh"
 #include "scan.cuh"
 
 namespace topk_attn::cuda::decode {
@@ -17,8 +19,9 @@ struct SampleConfig {
   static constexpr int kKeys = 16;
   static constexpr int kStageBytes = kKeys * D * 2;
   static constexpr int kStages = 96 * 1024 / (kWarps * kStageBytes);
-  static constexpr int kSharedBytes = kWarps * kStages * kStageBytes;
-  static constexpr int kMost = 1024;  // keys of the sample
+  static constexpr int kRingBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kMost = 1024;   // keys of the sample
+  static constexpr int kMostTeam = 4;  // blocks of a KV head
 };
 
 // The rank in a sample of `size` keys whose key `kept` of n keys will very likely reach.
@@ -40,16 +43,17 @@ __device__ inline int sample_place(int i, int size, int n) {
 // The score whose rank among the warp's `size` scores at `scores` is `rank`, or one a little lower.
 template <int MOST>
 __device__ inline float score_of_rank(const float* scores, int size, int rank) {
+  constexpr int kLastBit = 14;  // the score is cut below: 9 bits of a float's fraction are left
   uint32_t keys[MOST / 32];
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < MOST / 32; ++i) {
     const int at = 32 * i + lane;
-    keys[i] = at < size ? static_cast<uint32_t>(order_key(__ldcg(scores + at))) ^ 0x80000000u : 0;
+    keys[i] = at < size ? static_cast<uint32_t>(order_key(scores[at])) ^ 0x80000000u : 0;
   }
   uint32_t found = 0;
 #pragma unroll 1
-  for (int bit = 31; bit >= 8; --bit) {
+  for (int bit = 31; bit >= kLastBit; --bit) {
     const uint32_t next = found | 1u << bit;
     int count = 0;
 #pragma unroll
@@ -65,23 +69,35 @@ __global__ __launch_bounds__(SampleConfig<D>::kThreads) void sample_kernel(
     const __grid_constant__ Scratch scratch) {
   using Config = SampleConfig<D>;
   extern __shared__ __align__(1024) char ring[];
-  const int slab_sequence = static_cast<int>(blockIdx.x) / c.kv_heads;
-  const int kv_head = static_cast<int>(blockIdx.x) % c.kv_heads;
+  float* const scores = reinterpret_cast<float*>(ring + Config::kRingBytes);  // (rows of this block, kMost)
+  const int team = longrow::team_size();
+  const int rank = longrow::team_rank();
+  const int pair = static_cast<int>(blockIdx.x) / team;
+  const int slab_sequence = pair / c.kv_heads;
+  const int kv_head = pair % c.kv_heads;
   const int sequence = slab.first_sequence + slab_sequence;
   const int rows = c.heads / c.kv_heads * slab.tokens;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int64_t first = first_row(c, slab, slab_sequence, kv_head);
-  if (threadIdx.x == 0) {
-    scratch.flags[blockIdx.x] = 0;
-    if (blockIdx.x == 0) *scratch.any_flag = 0;
+  wait_for_previous();
+  let_next_start();  // not before: the scan relies on it that the cache has been written
+  if (rank == 0) {
+    if (threadIdx.x < rows) {
+      scratch.counts[first + threadIdx.x] = 0;
+      scratch.arrived[first + threadIdx.x] = 0;
+    }
+    if (threadIdx.x == 0) {
+      scratch.flags[pair] = 0;
+      if (pair == 0) *scratch.any_flag = 0;
+    }
   }
   const State state = state_of(c, scratch, sequence);
   const Span span = seen_by_slab(c, slab, state);
   const int n = static_cast<int>(span.size());
   if (n <= kMaxCandidates) {
-    if (threadIdx.x < rows) scratch.bounds[first + threadIdx.x] = __int_as_float(0xff800000);
-    return;
+    if (rank == 0 && threadIdx.x < rows) scratch.bounds[first + threadIdx.x] = __int_as_float(0xff800000);
+    return;  // the whole team
   }
   // As few as make less candidates than half of the room.
   const int64_t most_kept = plan_row(span, c.budget, c.sink, c.recent).contested_kept();
@@ -91,25 +107,27 @@ __global__ __launch_bounds__(SampleConfig<D>::kThreads) void sample_kernel(
     size *= 2;
   }
 
-  uint32_t a[D / 16][4];
-  load_queries<T, D>(a, c, slab, slab_sequence, kv_head, rows);
   constexpr int kChunks = D / 8;
   constexpr int kRowsAtOnce = kChunks >= 32 ? 1 : 32 / kChunks;
   const int chunk = lane % kChunks;
   const bool channel_exists = chunk * 8 < c.head_dim;
   const T* const base = static_cast<const T*>(c.k.data) + kv_head * c.k.head + chunk * 8;
   const uint32_t mine = shared_address(ring) + warp * (Config::kStages * Config::kStageBytes);
-  const int parts = size / (Config::kKeys * Config::kWarps);  // of this warp
-  const auto load = [&](int part) {
+  // Parts of 16 keys; this warp's are `own` + i * step.
+  const int own = rank * Config::kWarps + warp;
+  const int step_parts = team * Config::kWarps;
+  const int parts = size / Config::kKeys;
+  const auto load = [&](int i) {
+    const int part = own + i * step_parts;
     if (part < parts) {
-      const int i = (part * Config::kWarps + warp) * Config::kKeys + lane % Config::kKeys;
-      const int j = static_cast<int>(span.begin) + sample_place(i, size, n);
-      const int64_t own = row_offset(c, c.k, sequence, j);
-      const uint32_t stage = mine + part % Config::kStages * Config::kStageBytes;
+      const int at = part * Config::kKeys + lane % Config::kKeys;
+      const int j = static_cast<int>(span.begin) + sample_place(at, size, n);
+      const int64_t offset_of_own = row_offset(c, c.k, sequence, j);
+      const uint32_t stage = mine + i % Config::kStages * Config::kStageBytes;
 #pragma unroll
       for (int r = 0; r < Config::kKeys; r += kRowsAtOnce) {
         const int row = r + lane / kChunks;
-        const int64_t offset = __shfl_sync(~0u, own, row);
+        const int64_t offset = __shfl_sync(~0u, offset_of_own, row);
         copy16(stage + row * (D * 2) + ((chunk ^ (row & 7)) << 4), channel_exists ? base + offset : base,
                channel_exists);
       }
@@ -117,12 +135,15 @@ __global__ __launch_bounds__(SampleConfig<D>::kThreads) void sample_kernel(
     copy_commit();
   };
 #pragma unroll 1
-  for (int part = 0; part < Config::kStages; ++part) load(part);
+  for (int i = 0; i < Config::kStages; ++i) load(i);
+  uint32_t a[D / 16][4];
+  load_queries<T, D>(a, c, slab, slab_sequence, kv_head, rows);
+  longrow::team_sync(team);  // all blocks are there
 #pragma unroll 1
-  for (int part = 0; part < parts; ++part) {
+  for (int i = 0; own + i * step_parts < parts; ++i) {
     copy_wait<Config::kStages - 1>();
     __syncwarp();
-    const uint32_t stage = mine + part % Config::kStages * Config::kStageBytes +
+    const uint32_t stage = mine + i % Config::kStages * Config::kStageBytes +
                            (lane % 8 + lane / 16 * 8) * (D * 2) + (((lane / 8 % 2) ^ (lane & 7)) << 4);
     float s[2][4] = {};
 #pragma unroll
@@ -132,28 +153,30 @@ __global__ __launch_bounds__(SampleConfig<D>::kThreads) void sample_kernel(
       mma_16816<T>(s[0], a[step], b[0], b[1]);
       mma_16816<T>(s[1], a[step], b[2], b[3]);
     }
-    // The rows' own places in the score scratch serve as room for the sample.
-    const int g = lane / 4;
-    float* const out = scratch.scores + (first + g) * scratch.ld +
-                       (part * Config::kWarps + warp) * Config::kKeys + 2 * (lane % 4);
+    // Block m % team takes row m.
 #pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (g < rows) *reinterpret_cast<float2*>(out + 8 * m) = make_float2(s[m][0], s[m][1]);
-      if (g + 8 < rows) {
-        *reinterpret_cast<float2*>(out + 8 * scratch.ld + 8 * m) = make_float2(s[m][2], s[m][3]);
+    for (int half = 0; half < 2; ++half) {
+      const int m = lane / 4 + 8 * half;
+      if (m >= rows) continue;
+      float* const here =
+          scores + m / team * Config::kMost + (own + i * step_parts) * Config::kKeys + 2 * (lane % 4);
+      float* const out = team > 1 ? longrow::peer(here, m % team) : here;
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        *reinterpret_cast<float2*>(out + 8 * k) = make_float2(s[k][2 * half], s[k][2 * half + 1]);
       }
     }
     __syncwarp();
-    load(part + Config::kStages);
+    load(i + Config::kStages);
   }
-  __syncthreads();
-  for (int m = warp; m < rows; m += Config::kWarps) {
+  longrow::team_sync(team);
+  for (int m = rank + warp * team; m < rows; m += Config::kWarps * team) {
     const Span seen = seen_by(c, state, slab.first_token + m % slab.tokens);
     const RowPlan plan = plan_row(seen, c.budget, c.sink, c.recent);
-    const int rank = static_cast<int>(bound_rank(plan.contested_kept(), n, size));
-    const float bound =
-        rank >= size ? __int_as_float(0xff800000)
-                     : score_of_rank<Config::kMost>(scratch.scores + (first + m) * scratch.ld, size, rank);
+    const int at = static_cast<int>(bound_rank(plan.contested_kept(), n, size));
+    const float bound = at >= size
+                            ? __int_as_float(0xff800000)
+                            : score_of_rank<Config::kMost>(scores + m / team * Config::kMost, size, at);
     if (lane == 0) scratch.bounds[first + m] = bound;
   }
 }
@@ -163,12 +186,17 @@ cudaError_t run_sample(const DecodeCall& call, const Slab& slab, const Scratch& 
                        cudaStream_t stream) {
   using Config = SampleConfig<D>;
   const auto kernel = sample_kernel<T, D>;
+  bool clusters = false;
+  if (const cudaError_t error = is_sm90_code(kernel, clusters); error != cudaSuccess) return error;
+  const int pairs = slab.sequences * call.kv_heads;
+  const unsigned team = !clusters || pairs > 64 ? 1 : pairs > 32 ? 2 : Config::kMostTeam;
+  const int rows = call.heads / call.kv_heads * slab.tokens;
+  const size_t bytes = Config::kRingBytes + sizeof(float) * Config::kMost * ((rows + team - 1) / team);
   const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Config::kSharedBytes);
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(slab.sequences * call.kv_heads), Config::kThreads, Config::kSharedBytes,
-           stream>>>(call, slab, scratch);
-  return cudaGetLastError();
+  const LaunchShape shape{static_cast<unsigned>(pairs) * team, Config::kThreads, bytes, team};
+  return launch(kernel, shape, scratch.state != nullptr, stream, call, slab, scratch);
 }
 
 }  // namespace topk_attn::cuda::decode

@@ -5,6 +5,7 @@
 // scores of the groups are written out first.
 #include "../common/select_long_row.cuh"
 #include "cache.cuh"
+#include "launch.cuh"
 
 namespace topk_attn::cuda::decode {
 namespace {
@@ -51,6 +52,7 @@ __global__ __launch_bounds__(kThreads, kThreads == longrow::kLongThreads ? 2 : 4
     const __grid_constant__ DecodeCall c, const __grid_constant__ Slab slab,
     const __grid_constant__ Scratch scratch, const longrow::Room room) {
   extern __shared__ __align__(16) uint8_t memory[];
+  let_next_start();
   if (scratch.only_flagged) {
     if (*scratch.any_flag == 0) return;
     const SelectedRow row = selected_row(c, slab, blockIdx.x / longrow::team_size());

@@ -1,76 +1,85 @@
 // A decode step over a short cache in one launch; bf16 and fp16, GPUs with clusters of thread blocks.
 //
-// A cluster of 8 blocks takes the rows of one KV head of a sequence. Each block scores its eighth of the
-// keys, as in scan.cuh, and keeps the scores in shared memory. Block m then reads all scores of row m from
-// the others, selects, and tells them the encoding; each block attends to the kept keys of its own eighth;
-// block m adds up the parts of row m in ascending order. Nothing but the results goes through memory. Cost:
-// one read of K and of the kept rows of V, four barriers of the cluster.
+// A cluster of 8 or 16 blocks takes the rows of one KV head of a sequence, each block an equal part of the
+// keys. Its warps stream their keys through rings in shared memory, first K, then V, without a break: while
+// rows are selected V is on its way. All of V is read, not the kept rows alone: at these lengths latencies
+// cost more than bytes.
+//
+// Scores, as in scan.cuh, go to the shared memory of the block that selects their row, block m for row m. It
+// tells the encoding to all, each block sums up the kept rows of V of its part, and sends the sum to block m,
+// which adds the parts in ascending order. Nothing but the results goes through memory. Cost: one read of K
+// and V, three barriers of the cluster.
 #pragma once
 
-#include "../common/select_long.cuh"
+#include <algorithm>
+
+#include "rank.cuh"
 #include "scan.cuh"
 #include "values.cuh"
 
 namespace topk_attn::cuda::decode {
 
+inline constexpr int kShortMostTeam = 2 * kShortTeam;
+inline constexpr int kShortWarps = 8;
+
 template <int D>
 struct ShortConfig {
-  static constexpr int kWarps = 8;
+  static constexpr int kWarps = kShortWarps;
   static constexpr int kThreads = 32 * kWarps;
-  static constexpr int kKeys = 16;
+  static constexpr int kKeys = 16;  // of a stage
   static constexpr int kStageBytes = kKeys * D * 2;
-  static constexpr int kStages = 16 * 1024 / kStageBytes;
-  static constexpr int kRingBytes =
-      kWarps * kStages * kStageBytes;  // 128 KiB, and later candidates and lists
-  static_assert(kRingBytes >= kShortKeys * static_cast<int>(sizeof(longrow::Candidate)) +
-                                  kShortRows * (kShortKeys / kShortTeam + 64) * 4);
+  static constexpr int kWarpBytes = 16 * 1024;
+  static constexpr int kStages = kWarpBytes / kStageBytes;
+  static constexpr int kRingBytes = kWarps * kWarpBytes;
+  static_assert(kShortRows * D * 4 <= kWarpBytes);  // where a warp's sums go in the end
 };
 
 struct ShortShared {
   longrow::Workspace ws;
+  // Of all rows of the KV head.
   float thresholds[kShortRows];
   int32_t tie_indices[kShortRows];
-  int lowest;
-  int highest;
-  struct Part {
-    float sums[kShortDim];
-    float mass;
-    float top;
-  } parts[8];  // of the warps
+  float tops[kShortRows];                 // the largest kept score
+  float masses[kShortWarps][kShortRows];  // of the warps
+  float warp_tops[kShortWarps];
+  float masses_of_blocks[kShortMostTeam];  // of the row that this block selects
 };
 
-// Narrows to one key, or to one candidate, whose key and column are then in ws.found; of this block alone.
-template <int kThreads, typename Key>
-__device__ inline void settle_alone(longrow::Search& search, longrow::Team& team,
-                                    const longrow::Candidate* candidates, int count, const Key& key) {
-  while (!search.done() && search.equal > 1) {
-    longrow::narrow<kThreads>(search, team, 1, [&](const auto& add) {
-      for (int i = threadIdx.x; i < count; i += kThreads) add(key(candidates[i]));
-    });
-  }
-  if (search.equal != 1) return;
-  for (int i = threadIdx.x; i < count; i += kThreads) {
-    const int k = key(candidates[i]);
-    if (k >= search.lo && k <= search.hi) {
-      team.ws->found = k;
-      team.ws->found_column = candidates[i].column;
-    }
-  }
-  __syncthreads();
+// A barrier of the cluster in two halves: what was written before the first is seen after the second.
+__device__ __forceinline__ void team_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void team_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
 }
 
-template <typename T, int D>
+// A weight that stands for a key that is not kept: its row of V may hold anything.
+inline constexpr float kNotKept = -1.0f;
+
+// kRows: room for the query rows of a KV head, 4 or 8.
+template <typename T, int D, int kRows>
 __global__ __launch_bounds__(ShortConfig<D>::kThreads,
                              1) void short_kernel(const __grid_constant__ DecodeCall c,
                                                   const __grid_constant__ Slab slab,
                                                   const __grid_constant__ Scratch scratch, const int room) {
   using Config = ShortConfig<D>;
   constexpr int kThreads = Config::kThreads;
+  constexpr int kKeys = Config::kKeys;
   extern __shared__ __align__(1024) char ring[];
   ShortShared& shared = *reinterpret_cast<ShortShared*>(ring + Config::kRingBytes);
-  float* const scores = reinterpret_cast<float*>(&shared + 1);  // (rows, room)
+  const int team = longrow::team_size();
   const int rank = longrow::team_rank();
-  const int pair = static_cast<int>(blockIdx.x) / kShortTeam;
+  // Of the row selected here: all scores, and in the end the blocks' sums, (team, D).
+  float* const gathered = reinterpret_cast<float*>(&shared + 1);
+  // (room, kRows): scores of this block's keys, then their weights.
+  float* const own = gathered + team * max(room, D);
+  wait_for_previous();
+  team_arrive();
+  const int pair = static_cast<int>(blockIdx.x) / team;
   const int slab_sequence = pair / c.kv_heads;
   const int kv_head = pair % c.kv_heads;
   const int sequence = slab.first_sequence + slab_sequence;
@@ -79,48 +88,49 @@ __global__ __launch_bounds__(ShortConfig<D>::kThreads,
   const int warp = threadIdx.x / 32;
   const State state = state_of(c, scratch, sequence);
   const Span span = seen_by_slab(c, slab, state);
-  const int origin = static_cast<int>(span.begin) / Config::kKeys * Config::kKeys;
+  const int origin = static_cast<int>(span.begin) / kKeys * kKeys;
   const int end = static_cast<int>(span.end);
-  const int part =
-      ((end - origin + kShortTeam - 1) / kShortTeam + Config::kKeys - 1) / Config::kKeys * Config::kKeys;
+  const int part = ((end - origin + team - 1) / team + kKeys - 1) / kKeys * kKeys;
   const int first_key = origin + rank * part;
   const int last_key = min(first_key + part, end);
 
-  // ---- scores of this block's keys
+  // ---- K and V through the warp's ring: stages 0 .. own_stages - 1 are K, then as many of V
   constexpr int kChunks = D / 8;
   constexpr int kRowsAtOnce = 32 / kChunks;
-  const int chunk = lane % kChunks;
-  const bool channel_exists = chunk * 8 < c.head_dim;
-  const T* const keys = static_cast<const T*>(c.k.data) + kv_head * c.k.head + chunk * 8;
-  const uint32_t mine = shared_address(ring) + warp * (Config::kStages * Config::kStageBytes);
-  const int stages = (last_key - first_key + Config::kKeys - 1) / Config::kKeys;  // of all warps
+  const int stages = (last_key - first_key + kKeys - 1) / kKeys;  // of all warps; not positive: none
+  const int own_stages = stages > warp ? (stages - warp + Config::kWarps - 1) / Config::kWarps : 0;
+  const uint32_t mine = shared_address(ring) + warp * Config::kWarpBytes;
+  const auto stage_key = [&](int i) { return (i * Config::kWarps + warp) * kKeys; };  // from first_key on
   const auto load = [&](int i) {
-    const int number = i * Config::kWarps + warp;
-    if (number < stages) {
-      const int j = first_key + number * Config::kKeys + lane % Config::kKeys;
-      const int64_t own = j < last_key ? row_offset(c, c.k, sequence, j) : -1;
+    if (i < 2 * own_stages) {
+      const bool is_v = i >= own_stages;
+      const View& view = is_v ? c.v : c.k;
+      const int chunk = lane % kChunks;
+      const bool channel_exists = chunk * 8 < (is_v ? c.v_dim : c.head_dim);
+      const T* const base = static_cast<const T*>(view.data) + kv_head * view.head + chunk * 8;
+      const int j = first_key + stage_key(is_v ? i - own_stages : i) + lane % kKeys;
+      const int64_t place = j < last_key ? row_offset(c, view, sequence, j) : -1;
       const uint32_t stage = mine + i % Config::kStages * Config::kStageBytes;
 #pragma unroll
-      for (int r = 0; r < Config::kKeys; r += kRowsAtOnce) {
+      for (int r = 0; r < kKeys; r += kRowsAtOnce) {
         const int row = r + lane / kChunks;
-        const int64_t offset = __shfl_sync(~0u, own, row);
+        const int64_t offset = __shfl_sync(~0u, place, row);
         const bool valid = channel_exists && offset >= 0;
-        copy16(stage + row * (D * 2) + ((chunk ^ (row & 7)) << 4), valid ? keys + offset : keys, valid);
+        copy16(stage + row * (D * 2) + ((chunk ^ (row & 7)) << 4), valid ? base + offset : base, valid);
       }
     }
     copy_commit();
   };
 #pragma unroll 1
   for (int i = 0; i < Config::kStages; ++i) load(i);
+
+  // ---- scores
   uint32_t a[D / 16][4];
   load_queries<T, D>(a, c, slab, slab_sequence, kv_head, rows);
   for (int i = threadIdx.x; i < 2 * longrow::kBins; i += kThreads) shared.ws.bins[0][i] = 0;
-  if (threadIdx.x == 0) {
-    shared.lowest = INT_MAX;
-    shared.highest = INT_MIN;
-  }
+  team_wait();  // all blocks are there
 #pragma unroll 1
-  for (int i = 0; i * Config::kWarps + warp < stages; ++i) {
+  for (int i = 0; i < own_stages; ++i) {
     copy_wait<Config::kStages - 1>();
     __syncwarp();
     const uint32_t stage = mine + i % Config::kStages * Config::kStageBytes +
@@ -133,216 +143,239 @@ __global__ __launch_bounds__(ShortConfig<D>::kThreads,
       mma_16816<T>(s[0], a[step], b[0], b[1]);
       mma_16816<T>(s[1], a[step], b[2], b[3]);
     }
-    const int g = lane / 4;
-    if (g < rows) {
-      float* const out = scores + g * room + (i * Config::kWarps + warp) * Config::kKeys + 2 * (lane % 4);
-#pragma unroll
-      for (int n = 0; n < 2; ++n) *reinterpret_cast<float2*>(out + 8 * n) = make_float2(s[n][0], s[n][1]);
-    }
     __syncwarp();
     load(i + Config::kStages);
+    const int g = lane / 4;
+    if (g < rows) {
+      const int at = stage_key(i) + 2 * (lane % 4);
+      float* const to = longrow::peer(gathered + rank * part + at, g);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        *reinterpret_cast<float2*>(to + 8 * n) = make_float2(s[n][0], s[n][1]);
+        own[(at + 8 * n) * kRows + g] = s[n][0];
+        own[(at + 8 * n + 1) * kRows + g] = s[n][1];
+      }
+    }
   }
-  copy_wait<0>();
-  longrow::team_sync(kShortTeam);
+  team_arrive();
+  team_wait();
 
   // ---- block m selects row m
+  const float infinity = __int_as_float(0x7f800000);
   const auto plan_of = [&](int m) {
     return plan_row(seen_by(c, state, slab.first_token + m % slab.tokens), c.budget, c.sink, c.recent);
   };
-  auto* const candidates = reinterpret_cast<longrow::Candidate*>(ring);
   if (rank < rows) {
     const RowPlan plan = plan_of(rank);
     const int begin = static_cast<int>(plan.contested().begin);
     const int count = static_cast<int>(plan.contested().size());
     const int wanted = static_cast<int>(plan.contested_kept());
-    float threshold = __int_as_float(0x7fc00000);
-    int tie_index = -1;
-    if (wanted > 0) {
-      int low = INT_MAX;
-      int high = INT_MIN;
-#pragma unroll 4
-      for (int i = threadIdx.x; i < count; i += kThreads) {
-        const int j = begin + i - origin;
-        const int block = j / part;
-        const int key = order_key(*longrow::peer(scores + rank * room + j - block * part, block));
-        candidates[i] = longrow::Candidate{key, begin + i};
-        low = min(low, key);
-        high = max(high, key);
-      }
-      low = __reduce_min_sync(~0u, low);
-      high = __reduce_max_sync(~0u, high);
-      if (lane == 0) {
-        atomicMin(&shared.lowest, low);
-        atomicMax(&shared.highest, high);
-      }
-      __syncthreads();
-      longrow::Team team{&shared.ws, 0, 1};
-      longrow::Search search{shared.lowest, shared.highest, wanted, count, shared.highest};
-      settle_alone<kThreads>(search, team, candidates, count,
-                             [](const longrow::Candidate& x) { return x.key; });
-      int key = search.lo;
-      if (search.equal == 1) {
-        key = shared.ws.found;
-        tie_index = shared.ws.found_column;
-      } else {
-        // The rank-th smallest column among equal keys is the rank-th greatest of its complement.
-        longrow::Search tie{longrow::kLowest, -1, search.rank, search.equal, -1};
-        settle_alone<kThreads>(tie, team, candidates, count, [&](const longrow::Candidate& x) {
-          return x.key == key ? ~x.column : INT_MIN;
-        });
-        tie_index = tie.equal == 1 ? shared.ws.found_column : ~tie.lo;
-      }
-      threshold = order_score(key);
-    }
-    if (threadIdx.x < kShortTeam) {
-      *longrow::peer(&shared.thresholds[rank], static_cast<int>(threadIdx.x)) = threshold;
-      *longrow::peer(&shared.tie_indices[rank], static_cast<int>(threadIdx.x)) = tie_index;
-    }
-  }
-  longrow::team_sync(kShortTeam);
-
-  // ---- every block attends to its own kept keys, one or more warps a row
-  const int warps_of_row = rows > 4 ? 1 : rows > 2 ? 2 : rows > 1 ? 4 : 8;
-  const int m = warp / warps_of_row;
-  const float infinity = __int_as_float(0x7f800000);
-  const float scale = c.softmax_scale * 1.4426950408889634f;
-  if (m < rows) {
-    const RowPlan plan = plan_of(m);
-    const float threshold = shared.thresholds[m];
-    const int tie_index = shared.tie_indices[m];
-    const int share = (part + warps_of_row - 1) / warps_of_row;
-    const int from = warp % warps_of_row * share;
-    const int to = min(from + share, last_key - first_key);
-    float* const own = scores + m * room;
-    int32_t* const list =
-        reinterpret_cast<int32_t*>(ring + kShortKeys * sizeof(longrow::Candidate)) + m * room;
-    // Kept scores and columns move to the front of the warp's share.
-    int kept = 0;
+    // Its best key is kept, if any: the largest score of all that may be kept is the largest kept one.
     float top = -infinity;
-    for (int base = from; base < to; base += 32) {
-      const int i = base + lane;
-      const int j = first_key + i;
-      const float s = i < to ? own[i] : 0.0f;
-      const bool seen = i < to && j >= plan.seen.begin && j < plan.seen.end;
-      const bool keep = seen && (plan.always_kept(j) || admitted(s, int64_t{j}, threshold, tie_index));
-      const uint32_t ballot = __ballot_sync(~0u, keep);
-      __syncwarp();  // all have read
-      if (keep) {
-        const int at = from + kept + __popc(ballot & ((1u << lane) - 1));
-        own[at] = s;
-        list[at] = j;
-        top = fmaxf(top, s);
+    int low = INT_MAX;
+    int high = INT_MIN;
+    for (int j = static_cast<int>(plan.seen.begin) + static_cast<int>(threadIdx.x); j < plan.seen.end;
+         j += kThreads) {
+      const float s = gathered[j - origin];
+      const bool always = plan.always_kept(j);
+      if (always || wanted > 0) top = fmaxf(top, s);
+      if (!always) {
+        low = min(low, order_key(s));
+        high = max(high, order_key(s));
       }
-      kept += __popc(ballot);
-      __syncwarp();
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, step));
-    const float shift = top == -infinity ? 0.0f : top;
-    float mass = 0.0f;
-    for (int i = lane; i < kept; i += 32) {
-      const float weight = exp2_fast((own[from + i] - shift) * scale);
-      own[from + i] = weight;
-      mass += weight;
+    if (lane == 0) shared.warp_tops[warp] = top;
+    __syncthreads();
+    float threshold = __int_as_float(0x7fc00000);
+    int tie_index = -1;
+    if (wanted > 0) {
+      const longrow::Result found = find_rank<kThreads>(
+          shared.ws,
+          [&](int i) {
+            return ScoredKey{order_key(gathered[begin - origin + i]), begin + i};
+          },
+          count, wanted, low, high);
+      threshold = order_score(found.threshold);
+      tie_index = found.tie_index;
     }
+    if (static_cast<int>(threadIdx.x) < team) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) mass += __shfl_xor_sync(~0u, mass, step);
-    __syncwarp();
-    // 16 lanes a row of V.
-    constexpr int kUnroll = 8;
-    const int channel = lane % 16 * 8;
-    const T* const values = static_cast<const T*>(c.v.data) + kv_head * c.v.head + channel;
-    float sum[8] = {};
-    for (int base = lane / 16; base < kept; base += 2 * kUnroll) {
-      uint4 v[kUnroll];
-      float weight[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        const int i = base + 2 * u;
-        v[u] = make_uint4(0, 0, 0, 0);
-        weight[u] = 0.0f;
-        if (i < kept && channel < c.v_dim) {
-          weight[u] = own[from + i];
-          v[u] = __ldg(reinterpret_cast<const uint4*>(values + row_offset(c, c.v, sequence, list[from + i])));
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) add_weighted<T>(sum, v[u], weight[u]);
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] += __shfl_xor_sync(~0u, sum[e], 16);
-    if (lane < 16) {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) shared.parts[warp].sums[channel + e] = sum[e];
-    }
-    if (lane == 0) {
-      shared.parts[warp].mass = mass;
-      shared.parts[warp].top = top;
+      for (int w = 0; w < Config::kWarps; ++w) top = fmaxf(top, shared.warp_tops[w]);
+      const int block = static_cast<int>(threadIdx.x);
+      *longrow::peer(&shared.thresholds[rank], block) = threshold;
+      *longrow::peer(&shared.tie_indices[rank], block) = tie_index;
+      *longrow::peer(&shared.tops[rank], block) = top;
     }
   }
-  longrow::team_sync(kShortTeam);
+  team_arrive();
+  team_wait();
+
+  // ---- weights of this warp's keys
+  const float scale = c.softmax_scale * 1.4426950408889634f;
+  {
+    const int m = lane % kRows;
+    float mass = 0.0f;
+    if (m < rows) {
+      const RowPlan plan = plan_of(m);
+      const float threshold = shared.thresholds[m];
+      const int tie_index = shared.tie_indices[m];
+      const float top = shared.tops[m];
+      const float shift = top == -infinity ? 0.0f : top;
+      for (int i = 0; i < own_stages; ++i) {
+        for (int k = lane / kRows; k < kKeys; k += 32 / kRows) {
+          const int j = first_key + stage_key(i) + k;
+          float& x = own[(stage_key(i) + k) * kRows + m];
+          const bool seen = j >= plan.seen.begin && j < plan.seen.end;
+          const bool keep = seen && (plan.always_kept(j) || admitted(x, int64_t{j}, threshold, tie_index));
+          const float weight = keep ? exp2_fast((x - shift) * scale) : kNotKept;
+          if (keep) mass += weight;
+          x = weight;
+        }
+      }
+    } else {
+      for (int i = 0; i < own_stages; ++i) {
+        for (int k = lane / kRows; k < kKeys; k += 32 / kRows) {
+          own[(stage_key(i) + k) * kRows + m] = kNotKept;
+        }
+      }
+    }
+    for (int step = 16; step >= kRows; step /= 2) mass += __shfl_xor_sync(~0u, mass, step);
+    if (lane < kRows) shared.masses[warp][lane] = mass;
+  }
+  __syncwarp();
+
+  // ---- weighted sums of V: 4 channels a lane
+  constexpr int kLanes = D / 4;
+  constexpr int kAtOnce = 32 / kLanes;
+  const int channel = lane % kLanes * 4;
+  float sum[kRows][4] = {};
+#pragma unroll 1
+  for (int i = 0; i < own_stages; ++i) {
+    copy_wait<Config::kStages - 1>();
+    __syncwarp();
+    const int turn = own_stages + i;
+    const char* const stage =
+        ring + warp * Config::kWarpBytes + turn % Config::kStages * Config::kStageBytes + channel % 8 * 2;
+#pragma unroll
+    for (int half = 0; half < kRows / 4; ++half) {
+#pragma unroll 4
+      for (int k = lane / kLanes; k < kKeys; k += kAtOnce) {
+        const float4 w = *reinterpret_cast<const float4*>(own + (stage_key(i) + k) * kRows + 4 * half);
+        if (w.x < 0.0f && w.y < 0.0f && w.z < 0.0f && w.w < 0.0f) continue;
+        const uint2 packed =
+            *reinterpret_cast<const uint2*>(stage + k * (D * 2) + ((channel / 8 ^ (k & 7)) << 4));
+        float v[4];
+        unpack<T>(v, packed);
+        const float weights[4] = {w.x, w.y, w.z, w.w};
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          if (weights[m] < 0.0f) continue;
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[4 * half + m][e] = fmaf(weights[m], v[e], sum[4 * half + m][e]);
+        }
+      }
+    }
+    __syncwarp();
+    load(turn + Config::kStages);
+  }
+  copy_wait<0>();
+  __syncwarp();
+  float* const warp_sums = reinterpret_cast<float*>(ring + warp * Config::kWarpBytes);  // (rows, D)
+#pragma unroll
+  for (int m = 0; m < kRows; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (kAtOnce > 1) sum[m][e] += __shfl_xor_sync(~0u, sum[m][e], kLanes % 32);
+    }
+    if (lane < kLanes) {
+      *reinterpret_cast<float4*>(warp_sums + m * D + channel) =
+          make_float4(sum[m][0], sum[m][1], sum[m][2], sum[m][3]);
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rows * D; i += kThreads) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Config::kWarps; ++w) {
+      total += reinterpret_cast<const float*>(ring + w * Config::kWarpBytes)[i];
+    }
+    *longrow::peer(gathered + rank * D + i % D, i / D) = total;
+  }
+  if (static_cast<int>(threadIdx.x) < rows) {
+    float total = 0.0f;
+#pragma unroll
+    for (int w = 0; w < Config::kWarps; ++w) total += shared.masses[w][threadIdx.x];
+    *longrow::peer(&shared.masses_of_blocks[rank], static_cast<int>(threadIdx.x)) = total;
+  }
+  team_arrive();
+  if (rank >= rows) return;  // nobody reads or writes its shared memory any more
+  team_wait();
 
   // ---- block m finishes row m
-  if (rank < rows && threadIdx.x < kShortDim) {
-    const int parts = kShortTeam * warps_of_row;
-    const auto part_at = [&](int i) {
-      return longrow::peer(&shared.parts[rank * warps_of_row + i % warps_of_row], i / warps_of_row);
-    };
-    float most = -infinity;
-    for (int i = 0; i < parts; ++i) most = fmaxf(most, part_at(i)->top);
-    const float shift = most == -infinity ? 0.0f : most;
+  if (static_cast<int>(threadIdx.x) < D) {
     float all = 0.0f;
     float total = 0.0f;
 #pragma unroll 4
-    for (int i = 0; i < parts; ++i) {
-      const ShortShared::Part* const p = part_at(i);
-      const float factor = p->top == -infinity ? 1.0f : exp2_fast((p->top - shift) * scale);
-      all += factor * p->mass;
-      total += factor * p->sums[threadIdx.x];
+    for (int i = 0; i < team; ++i) {
+      all += shared.masses_of_blocks[i];
+      total += gathered[i * D + threadIdx.x];
     }
     const int head = kv_head * (c.heads / c.kv_heads) + rank / slab.tokens;
     const int token = slab.first_token + rank % slab.tokens;
-    const int channel = static_cast<int>(threadIdx.x);
+    const int at = static_cast<int>(threadIdx.x);
     T* const out =
         static_cast<T*>(c.out.data) + sequence * c.out.batch + token * c.out.token + head * c.out.head;
-    if (channel < c.v_dim) store(out + channel, all == 0.0f ? 0.0f : total / all);
-    if (channel == 0) {
+    if (at < c.v_dim) store(out + at, all == 0.0f ? 0.0f : total / all);
+    if (at == 0) {
       const int64_t row = sequence * c.rows.batch + head * c.rows.head + token;
-      c.lse[row] = all == 0.0f ? -infinity : most * c.softmax_scale + logf(all);
+      c.lse[row] = all == 0.0f ? -infinity : shared.tops[rank] * c.softmax_scale + logf(all);
       c.threshold[row] = shared.thresholds[rank];
       c.tie_index[row] = shared.tie_indices[rank];
     }
   }
-  longrow::team_sync(kShortTeam);  // nobody leaves while its shared memory is read
+}
+
+template <typename T, int D, int kRows>
+cudaError_t launch_short(const DecodeCall& call, const Slab& slab, const Scratch& scratch,
+                         cudaStream_t stream) {
+  using Config = ShortConfig<D>;
+  const auto kernel = short_kernel<T, D, kRows>;
+  bool clusters = false;
+  if (const cudaError_t e = is_sm90_code(kernel, clusters); e != cudaSuccess) return e;
+  if (!clusters) return cudaErrorNotSupported;
+  const int pairs = slab.sequences * call.kv_heads;
+  // Keys of a block, and a stage at either end.
+  const auto room = [&](int team) {
+    return (call.capacity / team + 2 * Config::kKeys) / Config::kKeys * Config::kKeys + Config::kKeys;
+  };
+  const auto shape = [&](int team) {
+    const int scores = team * std::max(room(team), D) + room(team) * kRows;
+    return LaunchShape{static_cast<unsigned>(pairs * team), Config::kThreads,
+                       Config::kRingBytes + sizeof(ShortShared) + sizeof(float) * scores,
+                       static_cast<unsigned>(team)};
+  };
+  const size_t most = std::max(shape(kShortTeam).shared_bytes, shape(kShortMostTeam).shared_bytes);
+  if (const cudaError_t e =
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most));
+      e != cudaSuccess) {
+    return e;
+  }
+  if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      e != cudaSuccess) {
+    return e;
+  }
+  const bool many = clusters_at_once(kernel, shape(kShortMostTeam)) >= pairs;
+  const int team = many ? kShortMostTeam : kShortTeam;
+  return launch(kernel, shape(team), scratch.state != nullptr, stream, call, slab, scratch, room(team));
 }
 
 // cudaErrorNotSupported: no clusters here.
 template <typename T, int D>
 cudaError_t run_short(const DecodeCall& call, const Slab& slab, const Scratch& scratch, cudaStream_t stream) {
-  using Config = ShortConfig<D>;
-  const auto kernel = short_kernel<T, D>;
-  // Code that was compiled for an older architecture knows no clusters.
-  cudaFuncAttributes attributes;
-  if (const cudaError_t e = cudaFuncGetAttributes(&attributes, kernel); e != cudaSuccess) return e;
-  if (attributes.ptxVersion < 90 || attributes.binaryVersion < 90) return cudaErrorNotSupported;
-  const int rows = call.heads / call.kv_heads * slab.tokens;
-  const int room =
-      (call.capacity + kUnitKeys) / kShortTeam / Config::kKeys * Config::kKeys + 2 * Config::kKeys;
-  const size_t bytes = Config::kRingBytes + sizeof(ShortShared) + sizeof(float) * rows * room;
-  const cudaError_t e =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (e != cudaSuccess) return e;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(slab.sequences * call.kv_heads * kShortTeam));
-  config.blockDim = dim3(Config::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {kShortTeam, 1, 1};
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, kernel, call, slab, scratch, room);
+  return call.heads / call.kv_heads * slab.tokens <= 4 ? launch_short<T, D, 4>(call, slab, scratch, stream)
+                                                       : launch_short<T, D, 8>(call, slab, scratch, stream);
 }
 
 }  // namespace topk_attn::cuda::decode

@@ -38,6 +38,26 @@ __device__ __forceinline__ void add_weighted<__half>(float* sum, const uint4& v,
   }
 }
 
+// The four channels packed in 8 bytes.
+template <typename T>
+__device__ __forceinline__ void unpack(float (&x)[4], const uint2& packed);
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(float (&x)[4], const uint2& packed) {
+  x[0] = __uint_as_float(packed.x << 16);
+  x[1] = __uint_as_float(packed.x & 0xffff0000u);
+  x[2] = __uint_as_float(packed.y << 16);
+  x[3] = __uint_as_float(packed.y & 0xffff0000u);
+}
+template <>
+__device__ __forceinline__ void unpack<__half>(float (&x)[4], const uint2& packed) {
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&packed.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&packed.y));
+  x[0] = low.x;
+  x[1] = low.y;
+  x[2] = high.x;
+  x[3] = high.y;
+}
+
 __device__ __forceinline__ void store(float* p, float x) {
   *p = x;
 }

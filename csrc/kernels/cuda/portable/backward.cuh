@@ -409,7 +409,7 @@ cudaError_t run_backward(const BackwardCall& f, const int2* key_tiles, int32_t n
   const int64_t blocks = int64_t{f.call.num_tiles} * f.call.heads;
   if (blocks > 0) {
     const auto kernel = dq_kernel<T, D, kGroup>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDqBytes);
+    cudaError_t error = allow_shared<kDqBytes>(kernel);
     if (error != cudaSuccess) return error;
     kernel<<<static_cast<unsigned>(blocks), Config<D>::kThreads, kDqBytes, stream>>>(f);
     error = cudaGetLastError();
@@ -418,7 +418,7 @@ cudaError_t run_backward(const BackwardCall& f, const int2* key_tiles, int32_t n
   const int64_t key_blocks = int64_t{num_key_tiles} * f.call.kv_heads;
   if (key_blocks > 0) {
     const auto kernel = dkv_kernel<T, D, kGroup>;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kDkvBytes);
+    cudaError_t error = allow_shared<kDkvBytes>(kernel);
     if (error != cudaSuccess) return error;
     kernel<<<static_cast<unsigned>(key_blocks), KeyConfig<D, kGroup>::kThreads, kDkvBytes, stream>>>(
         f, key_tiles, num_key_tiles);

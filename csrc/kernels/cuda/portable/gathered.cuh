@@ -1,79 +1,93 @@
 // Attention over the gathered union of a tile's kept keys: for tiles whose rows keep much the same keys
-// (Regimes). Forward, dQ, and dK with dV, one block of four warps per (head, tile).
+// (Regimes). One block per (head, tile): here the forward, in gathered_backward.cuh the gradients.
 //
-// The tile's bitmap is expanded, 4,096 keys at a time, into a list of key positions in shared memory; blocks
-// of listed keys are copied row by row with cp.async and multiplied as contiguous blocks are. Cost of an
-// entry of the union: 4 D bytes gathered from L2 (three times in all), and 8 D bytes of float32 reductions
-// into L2 for dK and dV, which is what bounds the backward. Keys of a list ascend, so that a row's filter is
-// as cheap as over contiguous keys.
+// The tile's bitmap is expanded, about 2,000 keys at a time, into a list of key positions in shared memory;
+// blocks of listed keys are copied row by row with cp.async and multiplied as contiguous blocks are. A warp
+// holds 32 rows, so that each fragment of K and V serves two products. Cost of an entry of the union: 4 D
+// bytes gathered from L2 (once in the forward, once in the backward), and 8 D bytes of float32 reductions
+// into L2 for dK and dV. Keys of a list ascend, so that a row's filter is as cheap as over contiguous keys.
 #pragma once
-
-#include <climits>
 
 #include "forward.cuh"
 
 namespace topk_attn::cuda::portable {
 
-inline constexpr int kListKeys = 4096;  // keys of a window: one bitmap word a thread
-inline constexpr int kGatherThreads = 128;
-inline constexpr int kGatherKeys = 32;     // keys of a block of forward and dQ
-inline constexpr int kGatherKeysDkv = 64;  // of dK and dV: 16 a warp
+inline constexpr int kListStep = 2048;    // keys whose bits are expanded together
+inline constexpr int kListRoom = 3072;    // entries of a list
+inline constexpr int kListReach = 61440;  // keys that a list spans: positions have 16 bits
+inline constexpr int kListPadding = 64;   // entries of no key behind the last: a block
 inline constexpr uint16_t kNoKey = 0xffff;
 
+// A list of kept keys, in shared memory.
 struct KeyList {
-  uint16_t keys[kListKeys + kGatherKeysDkv];  // positions in the window; kNoKey behind the last
-  int warp_counts[kGatherThreads / 32];
+  uint16_t keys[kListRoom + kListPadding];  // positions from the first key of the list; then kNoKey
+  int warp_counts[2][4];
 
-  __device__ __forceinline__ int key(int window, int i) const {
-    return keys[i] == kNoKey ? INT_MAX : window + keys[i];
+  __device__ __forceinline__ int key(int begin, int i) const {
+    return keys[i] == kNoKey ? INT_MAX : begin + keys[i];
   }
 };
 
-// Lists the keys [window, window + kListKeys) whose bits are set, ascending; returns how many. Every thread
-// of the block calls it; it ends with a barrier.
-__device__ __forceinline__ int list_keys(KeyList& list, const uint32_t* bitmap, int64_t words, int window) {
+// Lists the keys from `at` whose bits are set, ascending, as many steps as surely fit; returns how many, and
+// in `at` where the next list begins. Every thread of the block calls it; it ends with a barrier.
+template <int THREADS>
+__device__ __forceinline__ int list_keys(KeyList& list, const uint32_t* bitmap, int seen, int& at) {
+  constexpr int kBits = kListStep / THREADS;  // of a thread in a step
+  static_assert(kBits <= 32 && THREADS <= 128);
   const int thread = threadIdx.x;
   const int lane = thread % 32;
   const int warp = thread / 32;
-  const int64_t word = window / 32 + thread;
-  uint32_t bits = word < words ? __ldg(bitmap + word) : 0;
-  const int own = __popc(bits);
-  int through = own;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(~0u, through, step);
-    if (lane >= step) through += other;
-  }
+  const int begin = at;
+  const auto bits_at = [&](int key) {
+    key += thread * kBits;
+    const uint32_t word = key < seen ? __ldg(bitmap + key / 32) : 0;
+    return kBits == 32 ? word : word >> (key % 32) & ((1u << kBits % 32) - 1);
+  };
+  int count = 0;
+  uint32_t next = bits_at(at);
   __syncthreads();  // the previous list is no longer read
-  if (lane == 31) list.warp_counts[warp] = through;
-  __syncthreads();
-  int at = through - own;
-  int total = 0;
+  for (int step = 0; at < seen && count <= kListRoom - kListStep && at - begin < kListReach; ++step) {
+    uint32_t bits = next;
+    next = bits_at(at + kListStep);
+    const int own = __popc(bits);
+    int through = own;
 #pragma unroll
-  for (int w = 0; w < kGatherThreads / 32; ++w) {
-    at += w < warp ? list.warp_counts[w] : 0;
-    total += list.warp_counts[w];
+    for (int other = 1; other < 32; other *= 2) {
+      const int below = __shfl_up_sync(~0u, through, other);
+      if (lane >= other) through += below;
+    }
+    int* const counts = list.warp_counts[step % 2];
+    if (lane == 31) counts[warp] = through;
+    __syncthreads();
+    int to = count + through - own;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) {
+      to += w < warp ? counts[w] : 0;
+      count += counts[w];
+    }
+    const int first = at - begin + thread * kBits;
+    for (; bits != 0; bits &= bits - 1) {
+      list.keys[to++] = static_cast<uint16_t>(first + __ffs(static_cast<int>(bits)) - 1);
+    }
+    at += kListStep;
   }
-  for (; bits != 0; bits &= bits - 1) {
-    list.keys[at++] = static_cast<uint16_t>(32 * thread + __ffs(static_cast<int>(bits)) - 1);
-  }
-  if (thread < kGatherKeysDkv) list.keys[total + thread] = kNoKey;
+  for (int i = thread; i < kListPadding; i += THREADS) list.keys[count + i] = kNoKey;
   __syncthreads();
-  return total;
+  return count;
 }
 
 // Starts the copy of KEYS listed rows from list entry `first`; rows of no key are zeros.
-template <typename T, int D, int KEYS>
+template <typename T, int D, int KEYS, int THREADS>
 __device__ __forceinline__ void gather_tile(uint32_t tile, const T* source, int64_t row_stride,
-                                            const KeyList& list, int window, int first, int channels) {
+                                            const KeyList& list, int begin, int first, int channels) {
   constexpr int kChunks = D / 8;
-  constexpr int kRowsAtOnce = kGatherThreads / kChunks;
+  constexpr int kRowsAtOnce = THREADS / kChunks;
   static_assert(KEYS % kRowsAtOnce == 0);
   const int row = threadIdx.x / kChunks;
   const int chunk = threadIdx.x % kChunks;
   const bool channel_exists = chunk * 8 < channels;
-  const T* const origin = source + int64_t{window} * row_stride + chunk * 8;
-#pragma unroll 2
+  const T* const origin = source + int64_t{begin} * row_stride + chunk * 8;
+#pragma unroll 4
   for (int r = row; r < row + KEYS; r += kRowsAtOnce) {
     const int position = list.keys[first + r];
     const bool valid = channel_exists && position != kNoKey;
@@ -82,38 +96,18 @@ __device__ __forceinline__ void gather_tile(uint32_t tile, const T* source, int6
   }
 }
 
-// mask_scores() for the listed keys from entry `first`.
-template <int N>
-__device__ __forceinline__ void mask_listed(float (&s)[N][4], const RowFilter (&filter)[2],
-                                            const KeyList& list, int window, int first) {
-  const float none = -__int_as_float(0x7f800000);
-  const int begin = list.key(window, first);
-  const int last = list.key(window, first + 8 * N - 1);  // INT_MAX: the block is not full
-  if (last != INT_MAX &&
-      __all_sync(~0u, filter[0].plain(begin, last + 1) && filter[1].plain(begin, last + 1))) {
-    const float bound[2] = {filter[0].bound(begin), filter[1].bound(begin)};
-#pragma unroll
-    for (int n = 0; n < N; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[n][e] = s[n][e] < bound[e / 2] ? none : s[n][e];
-    }
-    return;
-  }
-#pragma unroll
-  for (int n = 0; n < N; ++n) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int key = list.key(window, first + 8 * n + threadIdx.x % 4 * 2 + e % 2);
-      s[n][e] = filter[e / 2].keeps(s[n][e], key) ? s[n][e] : none;
-    }
-  }
-}
+// The keys of a block of listed ones, as mask_block() wants them.
+struct ListedKeys {
+  const KeyList& list;
+  int begin;
+  int first;
+  __device__ __forceinline__ int operator[](int i) const { return list.key(begin, first + i); }
+};
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kGatherThreads, 3)
+__global__ void __launch_bounds__(kForwardThreads, 4)
     forward_gathered_kernel(const __grid_constant__ ForwardCall f) {
-  constexpr int N = kGatherKeys / 8;
-  constexpr uint32_t kKeyBytes = kGatherKeys * D * 2;
+  constexpr uint32_t kKeyBytes = kForwardKeys * D * 2;
   extern __shared__ __align__(512) uint8_t shared[];
   __shared__ KeyList list;
   const Call& c = f.call;
@@ -125,75 +119,59 @@ __global__ void __launch_bounds__(kGatherThreads, 3)
 
   const uint32_t q_tile = shared_address(shared);
   const uint32_t kv_tiles = q_tile + kTileRows * D * 2;
-  const int warp = threadIdx.x / 32;
-  const int g = threadIdx.x % 32 / 4;
+  const int row0 = threadIdx.x / 32 * kWideRows;
   const int kv_head = unit.head / (c.heads / c.kv_heads);
   const T* k = row_pointer<const T>(c.k, t.batch, t.k_begin, kv_head);
   const T* v = row_pointer<const T>(c.v, t.batch, t.k_begin, kv_head);
-  load_tile<T, D, kTileRows, kGatherThreads>(
+  load_tile<T, D, kTileRows, kForwardThreads>(
       q_tile, row_pointer<const T>(c.q, t.batch, t.q_begin + t.row0, unit.head), c.q.token, t.rows,
       c.head_dim);
   copy_commit();
 
-  RowFilter filter[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    filter[h] = RowFilter{0.0f, -1, 0, 0, 0};
-    const int row = 16 * warp + g + 8 * h;
-    if (row < t.rows) {
-      const int64_t at = row_index(c, t, unit.head, t.row0 + row);
-      filter[h] = row_filter(c, t, t.row0 + row, f.threshold[at], f.tie_index[at]);
-    }
-  }
+  const RowFilter filter = filter_of(c, t, unit.head, row0 + threadIdx.x % 32, f.threshold, f.tie_index);
   const float none = -__int_as_float(0x7f800000);
-  float out[D / 8][4] = {};
-  float largest[2] = {none, none};
-  float sum[2] = {0.0f, 0.0f};
-  const int64_t words = bitmap_words(c);
-  for (int window = 0; window < seen; window += kListKeys) {
-    const int count = list_keys(list, f.bitmap + entry * words, words, window);
+  float out[2][D / 8][4] = {};
+  float largest[2][2] = {{none, none}, {none, none}};
+  float sum[2][2] = {};
+  const uint32_t* const bitmap = f.bitmap + entry * bitmap_words(c);
+  for (int at = 0; at < seen;) {
+    const int begin = at;
+    const int count = list_keys<kForwardThreads>(list, bitmap, seen, at);
     const auto load = [&](int first, int stage) {
-      const uint32_t at = kv_tiles + stage * 2 * kKeyBytes;
-      gather_tile<T, D, kGatherKeys>(at, k, c.k.token, list, window, first, c.head_dim);
-      gather_tile<T, D, kGatherKeys>(at + kKeyBytes, v, c.v.token, list, window, first, c.v_dim);
+      const uint32_t to = kv_tiles + stage * 2 * kKeyBytes;
+      gather_tile<T, D, kForwardKeys, kForwardThreads>(to, k, c.k.token, list, begin, first, c.head_dim);
+      gather_tile<T, D, kForwardKeys, kForwardThreads>(to + kKeyBytes, v, c.v.token, list, begin, first,
+                                                       c.v_dim);
     };
     if (count > 0) load(0, 0);
     copy_commit();
     int stage = 0;
-    for (int first = 0; first < count; first += kGatherKeys, stage ^= 1) {
-      if (first + kGatherKeys < count) load(first + kGatherKeys, stage ^ 1);
+    for (int first = 0; first < count; first += kForwardKeys, stage ^= 1) {
+      if (first + kForwardKeys < count) load(first + kForwardKeys, stage ^ 1);
       copy_commit();
       copy_wait<1>();
       __syncthreads();
       const uint32_t k_tile = kv_tiles + stage * 2 * kKeyBytes;
-      float s[N][4];
-      dot_rows<T, D, N>(s, q_tile, 16 * warp, k_tile, 0);
-      mask_listed(s, filter, list, window, first);
-      online_softmax(s, out, largest, sum, c.softmax_scale * kLog2E);
-      uint32_t p[N / 2][4];
-      as_operand<T, N>(p, s);
-      multiply_rows<T, D, N, D / 8>(out, p, k_tile + kKeyBytes, 0, 0);
+      attend_block<T, D>(q_tile, row0, k_tile, k_tile + kKeyBytes, filter, ListedKeys{list, begin, first},
+                         c.softmax_scale * kLog2E, out, largest, sum);
       __syncthreads();
     }
     copy_wait<0>();
   }
-  write_rows<T>(f, t, unit.head, 16 * warp, 0, out, largest, sum);
-}
-
-template <int D>
-constexpr int forward_gathered_bytes() {
-  return (kTileRows + 2 * 2 * kGatherKeys) * D * 2;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) write_rows<T>(f, t, unit.head, row0 + 16 * m, 0, out[m], largest[m], sum[m]);
 }
 
 template <typename T, int D>
 cudaError_t run_forward_gathered(const ForwardCall& f, cudaStream_t stream) {
   const int64_t blocks = int64_t{f.call.num_tiles} * f.call.heads;
   if (blocks == 0) return cudaSuccess;
-  constexpr int kBytes = forward_gathered_bytes<D>();
+  if (f.bitmap == nullptr) return cudaErrorInvalidValue;
+  constexpr int kBytes = forward_wide_bytes<D>();
   const auto kernel = forward_gathered_kernel<T, D>;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  const cudaError_t error = allow_shared<kBytes, sizeof(KeyList) + 1024>(kernel);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kGatherThreads, kBytes, stream>>>(f);
+  kernel<<<static_cast<unsigned>(blocks), kForwardThreads, kBytes, stream>>>(f);
   return cudaGetLastError();
 }
 

@@ -1,9 +1,10 @@
 // Exact top-k selection without ever storing S x S scores, on mma.sync.
 //
-//   bracket   a sample of the keys gives every row a bound that a few more than W keys reach
-//   select_bracket.cuh sweep     one Q K^T pass logs the scores at or above it select_sweep.cuh pick      the
-//   exact threshold among the logged ones, by the warp that logged them           select_pick.cuh repair rows
-//   with fewer than W logged scores are done again from all of them              select_repair.cuh
+//   bracket  a sample of the keys gives every row a bound that a few more than W keys reach
+//            (select_bracket.cuh)
+//   sweep    one Q K^T pass logs the scores at or above it (select_sweep.cuh)
+//   pick     the exact threshold among the logged ones, by the warp that logged them (select_pick.cuh)
+//   repair   rows with fewer than W logged scores are done again from all of them (select_repair.cuh)
 //
 // Exact by count: W or more scores at or above a bound hold the W best. Cost at S keys, W kept: one product
 // over all pairs, 1 / sample_step of that for the sample, and W + margin * sqrt(W * sample_step) candidates a

@@ -213,9 +213,8 @@ __device__ __forceinline__ uint32_t visible_bits(const Call& c, const WarpRows& 
   return mask;
 }
 
-// Calls step(tile, row of the tile, first key of the step) for every 32 keys of
-// `keys`, the copies of the next stage running meanwhile. All threads of the block call it. Key i lies at k +
-// i * stride.
+// Calls step(tile, row of the tile, first key of the step) for every 32 keys of `keys`, the copies of the
+// next stage running meanwhile. All threads of the block call it. Key i lies at k + i * stride.
 template <typename T, int D, int kStages, typename Step>
 __device__ __forceinline__ void for_each_step(uint32_t stages, const T* k, int64_t stride, int keys,
                                               int channels, const Step& step) {
@@ -223,8 +222,12 @@ __device__ __forceinline__ void for_each_step(uint32_t stages, const T* k, int64
   const int blocks = (keys + kSelectKeys - 1) / kSelectKeys;
   const auto load = [&](int block) {
     const int key = block * kSelectKeys;
-    load_tile<T, D, kSelectKeys, kSelectThreads>(stages + block % kStages * kBytes, k + key * stride, stride,
-                                                 keys - key, channels);
+    const uint32_t to = stages + block % kStages * kBytes;
+    if (keys - key >= kSelectKeys && channels == D) {
+      load_whole_tile<T, D, kSelectKeys, kSelectThreads>(to, k + key * stride, stride);
+    } else {
+      load_tile<T, D, kSelectKeys, kSelectThreads>(to, k + key * stride, stride, keys - key, channels);
+    }
   };
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {

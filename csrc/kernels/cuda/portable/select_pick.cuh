@@ -52,7 +52,7 @@ __device__ __forceinline__ float pick_scale(int32_t low, int32_t high) {
 // range.
 template <typename Body>
 __device__ __forceinline__ void for_open(const uint2* log, int count, const PickRow* rows, const Body& body) {
-  constexpr int kTogether = 4;  // loads in flight
+  constexpr int kTogether = 8;  // loads in flight: the log has left for memory
   const int lane = threadIdx.x % 32;
   for (int first = 0; first < count; first += 32 * kTogether) {
     uint2 entry[kTogether];

@@ -13,12 +13,11 @@ cudaError_t run_select(const SelectParams& p, cudaStream_t stream) {
   cudaError_t error = cudaMemsetAsync(p.counters, 0, sizeof(SelectCounters), stream);
   if (error != cudaSuccess) return error;
   constexpr int kBracketBytes = bracket_shared_bytes<D>();
-  error =
-      cudaFuncSetAttribute(bracket_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBracketBytes);
+  error = allow_shared<kBracketBytes>(bracket_kernel<T, D>);
   if (error != cudaSuccess) return error;
   bracket_kernel<T, D><<<p.items, kSelectThreads, kBracketBytes, stream>>>(p);
   constexpr int kSweepBytes = SweepShared<D>::kBytes;
-  error = cudaFuncSetAttribute(sweep_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, kSweepBytes);
+  error = allow_shared<kSweepBytes>(sweep_kernel<T, D>);
   if (error != cudaSuccess) return error;
   sweep_kernel<T, D><<<p.sweep_blocks, kSelectThreads, kSweepBytes, stream>>>(p);
   repair_kernel<T, D><<<p.repair_blocks, select::kThreads, 0, stream>>>(p);

@@ -71,7 +71,7 @@ struct Log {
     uint2 entry;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
                  : "=r"(entry.x), "=r"(entry.y)
-                 : "r"((slots & ~127u) + kSlotBytes + (first + lane) % kRing * 8)
+                 : "r"((slots & ~127u) + kSlotBytes + (static_cast<uint32_t>(first + lane) % kRing) * 8)
                  : "memory");
     if (lane < n && first < p.capacity) memory(p)[first + lane] = entry;
     __syncwarp();
@@ -84,7 +84,7 @@ struct Log {
     uint32_t active;
     while ((active = __ballot_sync(~0u, mask != 0)) != 0) {
       const int bit = 31 - __clz(static_cast<int>(mask));
-      const uint32_t at = ring + (count + __popc(active & below)) % kRing * 8;
+      const uint32_t at = ring + static_cast<uint32_t>(count + __popc(active & below)) % kRing * 8;
       if (mask != 0) {
         float score;
         asm volatile("ld.shared.f32 %0, [%1];" : "=f"(score) : "r"(slots + bit * 128) : "memory");

@@ -8,8 +8,7 @@
 //             among the kept ones                                                       select_pick.cuh
 //   repair    rows that the counts do not prove are done again from all their scores    select_repair.cuh
 //
-// The counting pass runs where the sample's brackets would hold too many candidates (large W): then for every
-// tile. For clustered tiles alone it can be switched on (kCountClustered).
+// The counting pass runs where the sample's brackets would hold too many candidates (large W).
 //
 // Cost at S keys, W kept: half a dense forward pass of tensor-core work for each of the two passes that a
 // tile takes part in, 1 / sample_step of that for the sample, and what the candidates cost: about 2 * margin
@@ -34,10 +33,8 @@ namespace {
 constexpr int64_t kCandidateBytes = int64_t{256} << 20;
 // Wider brackets, in candidates of the longest rows, are narrowed by the counting pass.
 constexpr double kWideBracket = 550;
-// Of a tile's keys marked: worth counting by the look of the sample; worth settling by the count.
-constexpr bool kCountClustered = false;  // narrow brackets: one sweep was faster on all data measured so far
-constexpr float kClusteredShare = 0.18f;
-constexpr float kSettledShare = 0.25f;
+// Of a tile's keys marked by the counting pass: worth settling.
+constexpr float kSettledShare = 0.36f;
 
 int64_t align(int64_t bytes) {
   return (bytes + 255) / 256 * 256;
@@ -157,7 +154,10 @@ cudaError_t launch(const Call& c, const SelectParams& p, const Plan& plan, cudaS
     constexpr int kCountBytes = CountShared<D>::kBytes + 1024;
     error = set_shared(count_kernel<T, D>, kCountBytes);
     if (error != cudaSuccess) return error;
-    count_kernel<T, D><<<std::min(plan.ctas, 2 * p.items), kCountThreads, kCountBytes, stream>>>(key_map, p);
+    CUtensorMap block_map;
+    error = tensor_map(&block_map, c.dtype, keys, D, tokens, c.kv_heads, batch, kBlockKeys);
+    if (error != cudaSuccess) return error;
+    count_kernel<T, D><<<std::min(plan.ctas, p.items), kCountThreads, kCountBytes, stream>>>(block_map, p);
     if (p.out.bitmap != nullptr) {
       SettleCall s;
       s.call = c;
@@ -175,7 +175,7 @@ cudaError_t launch(const Call& c, const SelectParams& p, const Plan& plan, cudaS
   }
 
   constexpr int kSweepBytes = SweepShared<D>::kBytes + 1024;
-  const auto sweep = p.count_all ? sweep_kernel<T, D, true> : sweep_kernel<T, D, false>;
+  const auto sweep = p.mark_count != nullptr ? sweep_kernel<T, D, true> : sweep_kernel<T, D, false>;
   error = set_shared(sweep, kSweepBytes);
   if (error != cudaSuccess) return error;
   const int sweep_ctas = std::min(plan.ctas, 2 * p.items);
@@ -229,11 +229,8 @@ cudaError_t select(const Call& call, const Selection& selection, void* workspace
   p.capacity = plan.capacity;
   p.counters = reinterpret_cast<SelectCounters*>(base);
   // Without a bitmap there are no marks, so that tiles are only counted to narrow their brackets.
-  p.count_all = wide(call);
-  p.clustered_share = kClusteredShare;
   p.settled_share = supports_settle(call) ? kSettledShare : -1.0f;
-  const bool counts = p.count_all || (kCountClustered && selection.bitmap != nullptr && p.settled_share > 0);
-  p.mark_count = counts ? reinterpret_cast<int32_t*>(base + plan.marks_offset) : nullptr;
+  p.mark_count = wide(call) ? reinterpret_cast<int32_t*>(base + plan.marks_offset) : nullptr;
   p.unsettled = reinterpret_cast<uint64_t*>(base + plan.tiles_offset);
   p.rebuild = reinterpret_cast<uint32_t*>(base + plan.rebuild_offset);
   p.repair_list = reinterpret_cast<int32_t*>(base + plan.repair_list_offset);

@@ -5,9 +5,6 @@
 // all keys has a known mean and standard deviation; the maxima of rank mean -+ margin * deviation become the
 // bracket (lo, hi). The bracket is a guess: the sweep counts, and a row whose bracket missed is repaired. It
 // is parked in the row's outputs: lo in threshold, the bits of hi in tie_index.
-//
-// Where settling is an option, a few blocks of the sample are read again to see whether the tile's rows keep
-// about the same keys: only then is the counting pass (select_count.cuh) worth its time.
 #pragma once
 
 #include "select_params.cuh"
@@ -15,8 +12,6 @@
 namespace topk_attn::cuda::sm90 {
 
 inline constexpr int kSampleStages = 3;
-// Blocks of the sample, at most kSampleStages, that are read again to see how many keys a tile marks.
-inline constexpr int kProbeBlocks = 3;
 
 template <int D>
 constexpr int bracket_shared_bytes() {
@@ -47,10 +42,9 @@ __device__ inline int count_above(const float (&maxima)[N], float x) {
   return count + __shfl_xor_sync(~0u, count, 2);
 }
 
-// Returns the row's lower end.
 template <int kUpper, int N>
-__device__ inline float bracket_row(const SelectParams& p, const Tile& t, int head, int row,
-                                    const float (&maxima)[N], int samples) {
+__device__ inline void bracket_row(const SelectParams& p, const Tile& t, int head, int row,
+                                   const float (&maxima)[N], int samples) {
   const Call& c = p.call;
   const float inf = __int_as_float(0x7f800000);
   const bool exists = row < t.rows;
@@ -96,7 +90,6 @@ __device__ inline float bracket_row(const SelectParams& p, const Tile& t, int he
     p.out.threshold[at] = lo;
     p.out.tie_index[at] = __float_as_int(hi);
   }
-  return lo;
 }
 
 template <typename T, int D, int kGroups>
@@ -115,7 +108,7 @@ __global__ void __launch_bounds__(128, 2)
   const Tile t = tile_at(c, c.num_tiles - 1 - slot / p.group);
   const int64_t entry = int64_t{head} * c.num_tiles + (c.num_tiles - 1 - slot / p.group);
   if (p.mark_count != nullptr && threadIdx.x == 0) {
-    p.mark_count[entry] = p.count_all && t.rows > 0 ? kToCount : kToSweep;
+    p.mark_count[entry] = t.rows > 0 ? kToCount : kToSweep;
   }
   if (t.rows == 0) return;
   const int step = p.sample_step;
@@ -188,47 +181,8 @@ __global__ void __launch_bounds__(128, 2)
       if (block + 1 < blocks) sweep(block + 1, 64);
     }
   }
-  const float lo0 = bracket_row<0, kGroups / 2>(p, t, head, row, maxima, samples0);
-  const float lo1 = bracket_row<1, kGroups / 2>(p, t, head, row + 8, maxima, samples1);
-  if (p.mark_count == nullptr || p.count_all || blocks == 0) return;
-
-  // How clustered is the tile? A few blocks once more, from the first to the last: the sampled keys at or
-  // above the lower end of any row.
-  auto* const marks = reinterpret_cast<uint32_t*>(shared_raw + (barriers - shared_address(shared_raw)) + 32);
-  const int probes = min(kProbeBlocks, blocks);
-  const auto block_of = [&](int i) { return probes > 1 ? i * (blocks - 1) / (probes - 1) : 0; };
-  if (threadIdx.x < 4 * kProbeBlocks) marks[threadIdx.x] = 0;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < probes; ++i) load(blocks + i, block_of(i));
-  }
-  const int samples = samples_in(seen_end(c, t));
-  int sampled = 0;
-  for (int i = 0; i < probes; ++i) {
-    multiply(blocks + i);
-    const int first = block_of(i) * kBlockKeys;
-    sampled += min(kBlockKeys, samples - first);
-    uint32_t marked0 = 0, marked1 = 0;
-#pragma unroll
-    for (int j = 0; j < 64; ++j) {
-      const uint32_t bit = 1u << (2 * (j / 4) + (j & 1));
-      if ((j & 2) == 0) {
-        marked0 |= scores[j] < lo0 ? 0 : bit;
-      } else {
-        marked1 |= scores[j] < lo1 ? 0 : bit;
-      }
-    }
-    const uint32_t any =
-        __reduce_or_sync(0x11111111u << quad_lane, (marked0 & visible_mask(samples0 - first, quad_lane)) |
-                                                       (marked1 & visible_mask(samples1 - first, quad_lane)));
-    if (threadIdx.x % 32 < 4 && any != 0) atomicOr(marks + 4 * i + quad_lane, any);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    int marked = 0;
-    for (int i = 0; i < 4 * kProbeBlocks; ++i) marked += __popc(marks[i]);
-    if (marked <= p.clustered_share * sampled) p.mark_count[entry] = kToCount;
-  }
+  bracket_row<0, kGroups / 2>(p, t, head, row, maxima, samples0);
+  bracket_row<1, kGroups / 2>(p, t, head, row + 8, maxima, samples1);
 }
 
 }  // namespace topk_attn::cuda::sm90

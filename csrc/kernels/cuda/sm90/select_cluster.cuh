@@ -1,6 +1,6 @@
-// What the two Q K^T passes of the fused selection share: clusters of two CTAs that take the same item (four
-// tiles that read the same keys), each loading half of every key block for both, which halves the traffic out
-// of L2 (it would bound the passes).
+// What the two Q K^T passes of the fused selection share: rings of buffers, and bits set by adding floats.
+// And the clusters of the sweep: two CTAs that take the same item (four tiles that read the same keys), each
+// loading half of every key block for both, which halves the traffic out of L2 (it would bound the pass).
 #pragma once
 
 #include "select_params.cuh"
@@ -11,7 +11,7 @@ inline constexpr int kCtaRows = 2 * kTileRows;
 inline constexpr int kHalfKeys = 64;  // keys of one stage
 
 // Named barriers.
-enum Barrier : int { kTurn0 = 1, kTurn1 = 2, kPick = 3, kGroup0 = 4, kGroup1 = 5 };
+enum Barrier : int { kTurn0 = 1, kTurn1 = 2, kPick = 3 };
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;

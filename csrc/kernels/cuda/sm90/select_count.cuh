@@ -7,38 +7,68 @@
 // of candidates, however many keys are kept. The counts only guide: what the sweep and settle() prove does
 // not rest on them.
 //
-// Four instructions a score, hidden behind the products; nothing leaves the multiprocessor but the marks.
+// A CTA takes an item of four tiles that read the same keys, one warpgroup each, all fed from one ring of key
+// blocks. While one warpgroup counts (four instructions a score), the products of the other three keep the
+// tensor cores busy, without any order among them. There is no room for a producer: one thread of the first
+// warpgroup loads the keys. What a block is for lies beside it in the ring, so that warpgroups need nothing
+// else to go from item to item. Nothing leaves the multiprocessor but the marks.
 #pragma once
 
 #include "select_cluster.cuh"
 
 namespace topk_attn::cuda::sm90 {
 
-inline constexpr int kCountThreads = 256 + 128;  // the producer is one thread of a warpgroup
+inline constexpr int kCountThreads = kItemSlots * 128;
 
-template <int D>
-struct CountShared {
-  static constexpr int kStages = 8;
-  static constexpr int kBarriers = kStages * kHalfKeys * D * 2;
-  static constexpr int kState = kBarriers + 2 * kStages * 8;
-  static constexpr int kBytes = kState + 64;
-  using Keys = KeyRing<D, kStages, kBarriers>;
+inline constexpr int kNoItem = -1;
+inline constexpr int kLastItem = -2;
+
+// What a block in the ring is for.
+struct CountBlock {
+  int32_t item;     // kLastItem: there are no more
+  int32_t key;      // its first key
+  uint32_t slots;   // slots of the item that read it
+  uint32_t worked;  // slots that the item is counted for
+};
+
+// Where the loading thread is.
+struct CountLoader {
+  int32_t next_item;
+  int32_t item;
+  uint32_t worked;  // of the item
+  int32_t slot;     // first of the next sequence
+  uint32_t slots;   // of the present sequence
+  int32_t key;      // next to load of it
+  int32_t end;
+  int32_t k_begin;
+  int32_t batch;
+  int32_t kv_head;
+  bool unseen;  // no block of the item has been loaded
+  bool ended;
 };
 
 struct CountState {
-  int32_t next_item;
-  uint32_t worked;  // slots that the item is counted for
-  int32_t pad[2];
-  int32_t marked[2][4];  // of each product warp
+  CountLoader loader;
+  int32_t marked[kItemSlots][4];  // of each warp
 };
 
-// Which of 32 keys of a row are at or above the bracket's lower end (or NaN), and which above its upper end.
+template <int D>
+struct CountShared {
+  static constexpr int kStages = D == 128 ? 6 : 12;
+  static constexpr int kStageBytes = kBlockKeys * D * 2;
+  static constexpr int kBlocks = kStages * kStageBytes;
+  static constexpr int kBarriers = kBlocks + kStages * static_cast<int>(sizeof(CountBlock));  // full, empty
+  static constexpr int kState = kBarriers + 2 * kStages * 8;
+  static constexpr int kBytes = kState + static_cast<int>(sizeof(CountState));
+};
+
+// Which of 16 keys of a row are at or above the bracket's lower end (or NaN), and which above its upper end.
 struct CountMasks {
-  FloatBits marked[2];  // of each half of 16 keys
-  FloatBits above[2];
+  FloatBits marked;
+  FloatBits above;
 };
 
-template <int kHalf, int kBit>
+template <int kBit>
 __device__ __forceinline__ void count_score(CountMasks& masks, float score, float lo, float hi) {
   asm volatile(
       "{\n.reg .pred p, q;\n"
@@ -46,18 +76,24 @@ __device__ __forceinline__ void count_score(CountMasks& masks, float score, floa
       "setp.gt.f32 q, %2, %4;\n"
       "@p add.f32 %0, %0, %5;\n"
       "@q add.f32 %1, %1, %5;\n}"
-      : "+f"(masks.marked[kHalf].sum), "+f"(masks.above[kHalf].sum)
+      : "+f"(masks.marked.sum), "+f"(masks.above.sum)
       : "f"(score), "f"(lo), "f"(hi), "f"(FloatBits::value(kBit)));
 }
 
-template <int kHalf, int I = 0>
-__device__ __forceinline__ void count_half(CountMasks (&masks)[2], const float (&scores)[32],
-                                           const float (&lo)[2], const float (&hi)[2]) {
+// Scores I .. 31 of half a block: see wgmma() for which is which.
+template <int I = 0>
+__device__ __forceinline__ void count_scores(CountMasks (&masks)[2], const float (&scores)[32],
+                                             const float (&lo)[2], const float (&hi)[2]) {
   if constexpr (I < 32) {
     constexpr int kUpper = I >> 1 & 1;
-    count_score<kHalf, 2 * (I / 4) + (I & 1)>(masks[kUpper], scores[I], lo[kUpper], hi[kUpper]);
-    count_half<kHalf, I + 1>(masks, scores, lo, hi);
+    count_score<2 * (I / 4) + (I & 1)>(masks[kUpper], scores[I], lo[kUpper], hi[kUpper]);
+    count_scores<I + 1>(masks, scores, lo, hi);
   }
+}
+
+// Puts the bits of half a block behind those of the half before it.
+__device__ __forceinline__ void append_bits(uint32_t& bits, const FloatBits& half) {
+  bits = __byte_perm(bits, __float_as_uint(half.sum), 0x5432);
 }
 
 struct Bracket {
@@ -95,151 +131,237 @@ __device__ inline Bracket narrow(Bracket b, int kept, int seen, int at_lo, int a
 template <typename T, int D>
 struct Count {
   using Shared = CountShared<D>;
-  using Keys = typename Shared::Keys;
+  using StageRing = Ring<Shared::kStages>;
   const SelectParams& p;
   uint8_t* memory;  // shared, 1,024-byte aligned
   uint32_t shared;  // its address
-  uint32_t rank;    // of this CTA in its cluster
 
-  __device__ Keys keys() const { return {shared}; }
+  __device__ uint32_t stage(int i) const { return shared + i * Shared::kStageBytes; }
+  __device__ CountBlock& block(int i) const {
+    return reinterpret_cast<CountBlock*>(memory + Shared::kBlocks)[i];
+  }
+  __device__ uint32_t full(int i) const { return shared + Shared::kBarriers + 8 * i; }
+  __device__ uint32_t empty(int i) const { return full(Shared::kStages + i); }
   __device__ CountState& state() const { return *reinterpret_cast<CountState*>(memory + Shared::kState); }
 
-  // All threads of the cluster, between items.
-  __device__ int next_item() const {
-    cluster_sync();
-    return state().next_item;
+  __device__ void init() const {
+    for (int i = 0; i < Shared::kStages; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), kCountThreads / 32);
+    }
+    barrier_init_fence();
+    CountLoader& l = state().loader;
+    l = CountLoader{};
+    l.next_item = blockIdx.x;
+    l.slot = kItemSlots;
   }
 
-  // All threads of the cluster, once they know the item: which of its slots are counted. Their tiles' numbers
-  // are replaced only after that.
-  __device__ uint32_t choose_slots(int item) const {
-    if (threadIdx.x == 0) state().worked = slots_of<true>(p, item);
-    cluster_sync();
-    return state().worked;
+  // ---- loading, by one thread ----
+
+  // Goes to the next item that is counted. False: there is none.
+  __device__ bool load_item(CountLoader& l) const {
+    do {
+      l.item = l.next_item;
+      if (l.item >= p.items) return false;
+      l.next_item = atomicAdd(&p.counters->next_count_item, 1) + static_cast<int>(gridDim.x);
+      l.worked = slots_of<true>(p, l.item);
+    } while (l.worked == 0);
+    l.kv_head = l.item / p.items_per_kv;
+    l.slot = 0;
+    l.unseen = true;
+    return true;
   }
 
-  __device__ void produce(const CUtensorMap* key_map) const {
-    const bool leader = threadIdx.x == 256;
-    Ring<Keys::kCount> ring;
-    for (int item = next_item(); item < p.items; item = next_item()) {
-      choose_slots(item);
-      if (leader) {
-        if (rank == 0) fetch_item(&p.counters->next_count_item, shared + Shared::kState);
-        keys().load_item(ring, p, key_map, item, shared + Shared::kState + 4);
+  // Fills stage `index`, which is empty.
+  __device__ void load(const CUtensorMap* key_map, int index) const {
+    CountLoader& l = state().loader;
+    if (l.ended) return;
+    while (l.key >= l.end) {
+      if (l.slot < kItemSlots) {
+        const Segment s = segment_at(p, l.item, l.slot, l.worked);
+        l.slots = l.worked & ((1u << s.end) - (1u << l.slot));
+        l.slot = s.end;
+        l.key = 0;
+        l.end = s.blocks * kBlockKeys;
+        l.k_begin = s.k_begin;
+        l.batch = s.batch;
+        continue;
+      }
+      if (l.unseen) {  // its rows see nothing, but are to be decided
+        l.unseen = false;
+        block(index) = CountBlock{l.item, 0, 0, l.worked};
+        barrier_arrive(full(index));
+        return;
+      }
+      if (!load_item(l)) {
+        l.ended = true;
+        block(index) = CountBlock{kLastItem, 0, 0, 0};
+        barrier_arrive(full(index));
+        return;
+      }
+    }
+    l.unseen = false;
+    block(index) = CountBlock{l.item, l.key, l.slots, l.worked};
+    barrier_expect(full(index), Shared::kStageBytes);
+    for (int part = 0; part < D / 64; ++part) {
+      tma_load(stage(index) + part * kBlockKeys * 128, key_map, full(index), part * 64, l.k_begin + l.key,
+               l.kv_head, l.batch);
+    }
+    l.key += kBlockKeys;
+  }
+
+  // ---- counting ----
+
+  // The rows of a thread.
+  struct CountRows {
+    float lo[2];
+    float hi[2];
+    int seen[2];
+    int at_lo[2];
+    int above_hi[2];
+  };
+
+  // By a warpgroup: multiplies its rows with a block of keys, adds to the counts, and marks keys in `words`
+  // of the tile's bitmap, unless null.
+  __device__ __forceinline__ void add_block(CountRows& rows, const uint32_t (&q)[D / 4], uint32_t stage,
+                                            int key, uint32_t* words) const {
+    const int lane = threadIdx.x % 32;
+    uint32_t marked[2] = {0, 0}, above[2] = {0, 0};
+    // Not unrolled: the scores of one half are all that there are registers for.
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      float scores[32];
+      CountMasks masks[2];
+      // The lower half of the descriptor, made known as the same in all lanes, and its steps, which do not
+      // carry.
+      const uint64_t keys = k_major(stage + half * kHalfKeys * 128);
+      const uint32_t low = __reduce_or_sync(~0u, static_cast<uint32_t>(keys));
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < D / 16; ++k) {
+        const uint64_t at =
+            (keys & ~uint64_t{0xffffffff}) | (low + static_cast<uint32_t>(k_step(k, kBlockKeys)));
+        wgmma<T>(scores, q[4 * k], q[4 * k + 1], q[4 * k + 2], q[4 * k + 3], at, k > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<0>();
+      count_scores(masks, scores, rows.lo, rows.hi);
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        append_bits(marked[upper], masks[upper].marked);
+        append_bits(above[upper], masks[upper].above);
+      }
+    }
+    if (min(rows.seen[0], rows.seen[1]) < key + kBlockKeys) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper) {
+        const uint32_t sees = visible_mask(rows.seen[upper] - key, lane % 4);
+        marked[upper] &= sees;
+        above[upper] &= sees;
+      }
+    }
+#pragma unroll
+    for (int upper = 0; upper < 2; ++upper) {
+      rows.at_lo[upper] += __popc(marked[upper]);
+      rows.above_hi[upper] += __popc(above[upper]);
+    }
+    uint32_t any = marked[0] | marked[1];
+    any |= __shfl_xor_sync(~0u, any, 4);
+    any |= __shfl_xor_sync(~0u, any, 8);
+    any |= __shfl_xor_sync(~0u, any, 16);
+    // In the order of the lanes for now; decide() puts the bits in place.
+    if (words != nullptr && lane < 4 && any != 0) atomicOr(words + key / 32 + lane, any);
+  }
+
+  __device__ void run(const CUtensorMap* key_map) const {
+    const int group = threadIdx.x / 128;
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Shared::kStages; ++i) load(key_map, i);
+    }
+    __syncwarp();
+    StageRing ring, refill;
+    int item = kNoItem;
+    bool mine = false;
+    int end = 0;  // of the keys that the tile sees
+    uint32_t* words = nullptr;
+    uint32_t q[D / 4];
+    CountRows rows;
+    for (int step = 0;; ++step) {
+      barrier_wait(full(ring.index), ring.parity);
+      const CountBlock b = block(ring.index);
+      if (b.item != item) {
+        if (mine) finish(item, rows, words);
+        item = b.item;
+        if (item == kLastItem) break;
+        mine = (b.worked >> group & 1) != 0;
+        const Slot slot = slot_at(p, item, group);
+        const Tile t = mine ? tile_of(p.call, slot) : Tile{};
+        end = mine ? seen_end(p.call, t) : 0;
+        const int64_t entry = int64_t{slot.head} * p.call.num_tiles + slot.tile;
+        words = mine && p.out.bitmap != nullptr ? p.out.bitmap + entry * bitmap_words(p.call) : nullptr;
+        load_query<T, D>(q, p.call, t, slot.head);
+        rows = CountRows{};
+#pragma unroll
+        for (int upper = 0; upper < 2; ++upper) {
+          if (row + 8 * upper < t.rows) {
+            const int i = t.row0 + row + 8 * upper;
+            const int64_t at = row_index(p.call, t, slot.head, i);
+            rows.lo[upper] = __ldcg(p.out.threshold + at);
+            rows.hi[upper] = __int_as_float(__ldcg(p.out.tie_index + at));
+            rows.seen[upper] = static_cast<int>(visible(i, t.tq, t.tk, p.call.causal).end);
+          }
+        }
+      }
+      if ((b.slots >> group & 1) != 0 && b.key < end) {
+        add_block(rows, q, stage(ring.index), b.key, words);
       }
       __syncwarp();
+      if (threadIdx.x % 32 == 0) barrier_arrive(empty(ring.index));
+      ring.advance();
+      // Two blocks behind, so that the other warpgroups need not keep up exactly.
+      if (step >= 2) {
+        if (threadIdx.x == 0) {
+          barrier_wait(empty(refill.index), refill.parity);
+          load(key_map, refill.index);
+        }
+        __syncwarp();
+        refill.advance();
+      }
     }
   }
 
-  __device__ void multiply() const {
+  // By a warpgroup, whose tile of `item` is counted.
+  __device__ void finish(int item, const CountRows& rows, uint32_t* words) const {
     const int group = threadIdx.x / 128;
-    const int lane = threadIdx.x % 32;
-    const int row = threadIdx.x / 32 % 4 * 16 + lane / 4;
-    const Keys keys = this->keys();
-    Ring<Keys::kCount> ring;
-    if (group == 1) named_barrier_arrive(kTurn0, 256);
-    for (int item = next_item(); item < p.items; item = next_item()) {
-      const uint32_t worked = choose_slots(item);
-      if (worked == 0) continue;
-      const int index = 2 * static_cast<int>(rank) + group;
-      const bool mine = (worked >> index & 1) != 0;
-      const Slot slot = slot_at(p, item, index);
-      const Tile t = mine ? tile_of(p.call, slot) : Tile{};
-      const int64_t entry = int64_t{slot.head} * p.call.num_tiles + slot.tile;
-      uint32_t* const words =
-          mine && p.out.bitmap != nullptr ? p.out.bitmap + entry * bitmap_words(p.call) : nullptr;
-      uint32_t q[D / 4];
-      load_query<T, D>(q, p.call, t, slot.head);
-      float lo[2] = {0.0f, 0.0f}, hi[2] = {0.0f, 0.0f};
-      int seen[2] = {0, 0}, at_lo[2] = {0, 0}, above_hi[2] = {0, 0};
+    const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+    const Slot slot = slot_at(p, item, group);
+    const Tile t = tile_of(p.call, slot);
 #pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-        if (row + 8 * upper < t.rows) {
-          const int i = t.row0 + row + 8 * upper;
-          const int64_t at = row_index(p.call, t, slot.head, i);
-          lo[upper] = __ldcg(p.out.threshold + at);
-          hi[upper] = __int_as_float(__ldcg(p.out.tie_index + at));
-          seen[upper] = static_cast<int>(visible(i, t.tq, t.tk, p.call.causal).end);
-        }
+    for (int upper = 0; upper < 2; ++upper) {
+      int at_lo = rows.at_lo[upper], above_hi = rows.above_hi[upper];
+#pragma unroll
+      for (int step = 1; step < 4; step *= 2) {
+        at_lo += __shfl_xor_sync(~0u, at_lo, step);
+        above_hi += __shfl_xor_sync(~0u, above_hi, step);
       }
-      for (int first = 0; first < kItemSlots;) {
-        const Segment s = segment_at(p, item, first, worked);
-        const bool reads = index >= first && index < s.end;  // this slot's keys
-        first = s.end;
-        for (int block = 0; block < s.blocks; ++block) {
-          float scores0[32], scores1[32];
-          const int stage0 = ring.index;
-          named_barrier_sync(group == 0 ? kTurn0 : kTurn1, 256);
-          barrier_wait(keys.full(stage0), ring.parity);
-          wgmma_fence();
-          product_half<T, D>(scores0, q, keys.stage(stage0));
-          wgmma_commit();
-          ring.advance();
-          const int stage1 = ring.index;
-          barrier_wait(keys.full(stage1), ring.parity);
-          product_half<T, D>(scores1, q, keys.stage(stage1));
-          wgmma_commit();
-          ring.advance();
-          named_barrier_arrive(group == 0 ? kTurn1 : kTurn0, 256);
-          CountMasks masks[2];
-          wgmma_wait<1>();
-          keys.release(stage0);
-          count_half<0>(masks, scores0, lo, hi);
-          wgmma_wait<0>();
-          keys.release(stage1);
-          count_half<1>(masks, scores1, lo, hi);
-          const int key = block * kBlockKeys;
-          uint32_t marked[2], above[2];
-#pragma unroll
-          for (int upper = 0; upper < 2; ++upper) {
-            marked[upper] = join_bits(masks[upper].marked[0], masks[upper].marked[1]);
-            above[upper] = join_bits(masks[upper].above[0], masks[upper].above[1]);
-          }
-          if (!reads || min(seen[0], seen[1]) < key + kBlockKeys) {
-#pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {
-              const uint32_t sees = reads ? visible_mask(seen[upper] - key, lane % 4) : 0;
-              marked[upper] &= sees;
-              above[upper] &= sees;
-            }
-          }
-#pragma unroll
-          for (int upper = 0; upper < 2; ++upper) {
-            at_lo[upper] += __popc(marked[upper]);
-            above_hi[upper] += __popc(above[upper]);
-          }
-          uint32_t any = marked[0] | marked[1];
-          any |= __shfl_xor_sync(~0u, any, 4);
-          any |= __shfl_xor_sync(~0u, any, 8);
-          any |= __shfl_xor_sync(~0u, any, 16);
-          // In the order of the lanes for now; decide() puts the bits in place.
-          if (words != nullptr && lane < 4 && any != 0) atomicOr(words + block * 4 + lane, any);
-        }
+      if (row + 8 * upper < t.rows && threadIdx.x % 4 == 0) {
+        const int i = t.row0 + row + 8 * upper;
+        const int64_t at = row_index(p.call, t, slot.head, i);
+        const Bracket b =
+            narrow({rows.lo[upper], rows.hi[upper]}, static_cast<int>(row_plan(p.call, t, i).kept),
+                   rows.seen[upper], at_lo, above_hi);
+        p.out.threshold[at] = b.lo;
+        p.out.tie_index[at] = __float_as_int(b.hi);
       }
-#pragma unroll
-      for (int upper = 0; upper < 2; ++upper) {
-#pragma unroll
-        for (int step = 1; step < 4; step *= 2) {
-          at_lo[upper] += __shfl_xor_sync(~0u, at_lo[upper], step);
-          above_hi[upper] += __shfl_xor_sync(~0u, above_hi[upper], step);
-        }
-        if (row + 8 * upper < t.rows && lane % 4 == 0) {
-          const int i = t.row0 + row + 8 * upper;
-          const int64_t at = row_index(p.call, t, slot.head, i);
-          const Bracket b = narrow({lo[upper], hi[upper]}, static_cast<int>(row_plan(p.call, t, i).kept),
-                                   seen[upper], at_lo[upper], above_hi[upper]);
-          p.out.threshold[at] = b.lo;
-          p.out.tie_index[at] = __float_as_int(b.hi);
-        }
-      }
-      if (mine) decide(entry, t, words, group);
     }
+    decide(int64_t{slot.head} * p.call.num_tiles + slot.tile, t, words, group);
   }
 
   // By a warpgroup: its tile's marks in ascending order and their number, or no marks if they are too many.
   __device__ void decide(int64_t entry, const Tile& t, uint32_t* words, int group) const {
     const int thread = threadIdx.x % 128;
-    const int barrier = group == 0 ? kGroup0 : kGroup1;
+    const int barrier = 1 + group;
     __threadfence();
     cta_barrier_sync(barrier, 128);  // every mark is there
     int32_t next = kToSweep;
@@ -270,23 +392,14 @@ struct Count {
 };
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kCountThreads, 1) __cluster_dims__(2, 1, 1)
+__global__ void __launch_bounds__(kCountThreads, 1)
     count_kernel(const __grid_constant__ CUtensorMap key_map, const __grid_constant__ SelectParams p) {
   extern __shared__ uint8_t shared_raw[];
   uint8_t* const memory = shared_raw + ((1024 - (shared_address(shared_raw) & 1023)) & 1023);
-  const Count<T, D> count{p, memory, shared_address(memory), cluster_rank()};
-  if (threadIdx.x == 0) {
-    count.keys().init();
-    barrier_init_fence();
-    count.state().next_item = blockIdx.x / 2;
-  }
+  const Count<T, D> count{p, memory, shared_address(memory)};
+  if (threadIdx.x == 0) count.init();
   __syncthreads();
-  if (threadIdx.x < 256) {
-    count.multiply();
-  } else {
-    count.produce(&key_map);
-  }
-  cluster_sync();  // no CTA leaves while the other may still arrive at its barriers
+  count.run(&key_map);
 }
 
 // Settled tiles whose marks did not prove every row: to be repaired, and their bitmaps rebuilt, since they

@@ -32,12 +32,10 @@ struct SelectParams {
   int32_t group;         // query heads of a KV head
   int32_t items_per_kv;  // items of one KV head
   int32_t items;
-  int32_t sample_step;    // one key in this many is sampled
-  float margin;           // half width of the bracket in standard deviations of the sampled rank
-  int32_t capacity;       // candidates that one lane may keep for one row
-  bool count_all;         // every tile is counted, not only those that look clustered
-  float clustered_share;  // of its sampled keys marked: a tile looks clustered up to here
-  float settled_share;    // of its keys marked: a tile is settled up to here, swept beyond
+  int32_t sample_step;  // one key in this many is sampled
+  float margin;         // half width of the bracket in standard deviations of the sampled rank
+  int32_t capacity;     // candidates that one lane may keep for one row
+  float settled_share;  // of its keys marked: a tile is settled up to here, swept beyond
   SelectCounters* counters;
   int32_t* mark_count;    // heads x num_tiles: marked keys, or kToSweep, kToCount; null: sweep every tile
   uint64_t* unsettled;    // heads x num_tiles: rows that the certificate refused

@@ -1,7 +1,7 @@
-// Exact selection of the rows that the sweep could not prove, one CTA a row: all scores of the row, then a
-// radix select. And the bitmaps of tiles in which keys were marked too early. Both return at once where there
-// is nothing to do; both are right, if slow, when every row needs them. Scores come from mma.sync in the
-// sweep's chunk order.
+// Exact selection of the rows that the sweep could not prove, dealt to the CTAs in turn: all scores of the
+// row, then its W-th by bisection. And the bitmaps of tiles in which keys were marked too early. Both return
+// at once where there is nothing to do; both are right, if slow, when every row needs them. Scores come from
+// mma.sync in the sweep's chunk order.
 #pragma once
 
 #include "select_params.cuh"
@@ -9,6 +9,7 @@
 namespace topk_attn::cuda::sm90 {
 
 inline constexpr int kRepairThreads = 1024;
+inline constexpr int kRepairTiles = 256;  // whose rows a CTA counts at once
 inline constexpr int kRebuildKeys = 512;  // of one CTA's unit
 
 // Scores of row `q` (channels contiguous) with the keys key .. key + 7: lane t < 4 gets keys 2 t and 2 t + 1.
@@ -51,17 +52,34 @@ template <typename T, int D>
 __global__ void __launch_bounds__(kRepairThreads, 1) repair_kernel(const __grid_constant__ SelectParams p) {
   __shared__ int total;
   __shared__ uint32_t query[D / 8][4];
+  __shared__ uint64_t unsettled[kRepairTiles];
   const Call& c = p.call;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   int32_t* const keys = p.scores + int64_t{static_cast<int>(blockIdx.x)} * c.max_k;
-  for (int index = blockIdx.x; index < p.counters->repairs; index += gridDim.x) {
+  const int repairs = p.counters->repairs;
+  int turn = 0;  // CTA that gets the next row
+  for (int index = 0; index < repairs; ++index) {
+    const int slot = index % kRepairTiles;
+    if (slot == 0) {
+      __syncthreads();
+      const int ahead = index + static_cast<int>(threadIdx.x);
+      if (threadIdx.x < kRepairTiles && ahead < repairs) {
+        unsettled[threadIdx.x] = p.unsettled[p.repair_list[ahead]];
+      }
+      __syncthreads();
+    }
+    uint64_t rows = unsettled[slot];
+    const int first = (static_cast<int>(blockIdx.x) + p.repair_ctas - turn) % p.repair_ctas;
+    const int count = __popcll(rows);
+    turn = (turn + count) % p.repair_ctas;
+    if (first >= count) continue;
     const int64_t entry = p.repair_list[index];
-    uint64_t rows = p.unsettled[entry];
     const int head = static_cast<int>(entry / c.num_tiles);
     const int kv_head = head / p.group;
     const Tile t = tile_at(c, static_cast<int>(entry % c.num_tiles));
-    for (; rows != 0; rows &= rows - 1) {
+    for (int number = 0; rows != 0; rows &= rows - 1, ++number) {
+      if (number % p.repair_ctas != first) continue;
       const int i = t.row0 + __ffsll(static_cast<long long>(rows)) - 1;
       const RowPlan plan = row_plan(c, t, i);
       const int n = static_cast<int>(plan.seen.end);
@@ -127,14 +145,15 @@ __global__ void __launch_bounds__(kRepairThreads, 1) repair_kernel(const __grid_
         p.out.threshold[at] = order_score(best);
         p.out.tie_index[at] = last;
       }
-      // 4. Its keys in the tile's bitmap; a tile that is rebuilt gets them there.
+      // 4. Its keys in the tile's bitmap, next to those of other CTAs; a tile that is rebuilt gets them
+      // there.
       if (p.out.bitmap != nullptr && p.rebuild[entry] == 0) {
         uint32_t* const words = p.out.bitmap + entry * bitmap_words(c);
         for (int j0 = warp * 32; j0 < n; j0 += kRepairThreads) {
           const int j = j0 + lane;
           const int32_t key = j < n ? keys[j] : INT32_MIN;
           const uint32_t bits = __ballot_sync(~0u, j < n && (key > best || (key == best && j <= last)));
-          if (lane == 0 && bits != 0) words[j0 / 32] |= bits;
+          if (lane == 0 && bits != 0) atomicOr(words + j0 / 32, bits);
         }
       }
       __syncthreads();
