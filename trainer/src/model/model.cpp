@@ -511,7 +511,8 @@ at::Tensor dense_prefill(const at::Tensor& q, const at::Tensor& k, const at::Ten
   for (int64_t b = 0; b <= batch; ++b) bounds.push_back(b * fresh);
   const at::Tensor cu_seqlens =
       at::arange(batch + 1, q.options().dtype(at::kInt)) * static_cast<int32_t>(fresh);
-  return dense_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens, bounds)
+  return dense_attention(cu_seqlens, bounds)
+      ->attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1))
       .reshape(q.sizes());
 }
 

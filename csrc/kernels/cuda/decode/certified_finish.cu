@@ -198,6 +198,7 @@ __global__ __launch_bounds__(kThreads, 2) void finish_kernel(const __grid_consta
     all_reaching += *peer(&ws.over, block);
     highest = max(highest, *peer(&ws.kept, block));
   }
+  team_sync(team.size);  // nobody leaves, or writes these again, while others still read them
   certified = certified && all_reaching >= row.kept;
   if (tells && stats != nullptr) atomicAdd(&stats->rows, 1ull);
 
